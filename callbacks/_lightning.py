@@ -1,0 +1,37 @@
+"""What Lightning does between its hooks and offers no public way to ask for. Nothing else here touches its insides.
+
+Each function says which attribute it uses and why; `tests/callbacks/test_lightning_adapter.py` breaks when one moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """A validation batch as the validation loop hands it to `validation_step`.
+
+    Uses `LightningModule._on_before_batch_transfer`: it finds the user's hook in the module or in the datamodule.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Iterable[Any]]:
+    """The Trainer's validation loaders, loaded now if no validation has run yet; empty where there are none.
+
+    Uses `trainer.fit_loop.epoch_loop.val_loop.setup_data()`, which the validation loop itself calls first and which
+    does nothing the second time: `trainer.val_dataloaders` is None until then.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        return []
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]

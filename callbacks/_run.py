@@ -1,0 +1,277 @@
+"""One fit of one Trainer: what `HyperGradient` holds from the first batch to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from hypergrad import (
+    ConfigurationError,
+    Contraction,
+    Controller,
+    Estimator,
+    OptimizerHyperparameter,
+    Tuner,
+    resolve,
+)
+from hypergrad.callbacks._attachment import Attachment
+from hypergrad.callbacks._batches import BatchStream
+from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
+from hypergrad.callbacks._lightning import validation_loaders
+from hypergrad.callbacks._validation import ValidationLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; see `HyperGradient`."""
+
+    hyperparameters: tuple[str | OptimizerHyperparameter, ...]
+    estimator: Estimator
+    monitor: str
+    sign: float
+    val_dataloaders: Iterable[Any] | None
+    every_n_steps: int
+    controller: Controller
+    seed: int
+
+    @property
+    def names(self) -> list[str]:
+        return [h if isinstance(h, str) else h.name for h in self.hyperparameters]
+
+
+class Run:
+    """Attaches to the optimizers on creation; `detach` leaves them as they were found.
+
+    Raises:
+        HypergradError: whatever is wrong with optimizers, hyperparameters, data or the validation loss, before
+            anything has been changed.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> None:
+        self.history: list[Update] = []
+        self.steps = 0
+        self.training_batches = 0
+        self.gradients = 0
+        self.first_values: dict[str, float] = {}
+        self._trainer = trainer
+        self._settings = settings
+        self._tuner = Tuner(settings.controller)
+        self._watch = Stopwatch(trainer.strategy.root_device)
+        self._training_watch = Stopwatch(trainer.strategy.root_device)
+        self._attachments: list[Attachment] = []
+        self._values: dict[str, float] = {}
+        loader, index, several = _hyper_validation_data(trainer, settings)
+        # Every rank draws its own batches; what they measure is averaged.
+        self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
+        self._loss = ValidationLoss(trainer, module, settings.monitor, index, several)
+        try:
+            self._attach(trainer.optimizers)
+            self._try_validation_loss(loader)
+        except BaseException:
+            self.detach()
+            raise
+        self.first_values = self.values
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizers and put their scheduled values back. May be called twice."""
+        self._values = self.values
+        for attachment in self._attachments:
+            attachment.detach()
+        self._attachments = []
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The value that the next step uses, by label; the last ones once detached."""
+        if not self._attachments:
+            return dict(self._values)
+        labels = self._labels()
+        return {labels[key]: value for a in self._attachments for key, value in a.values().items()}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a step was tracked whose hypergradient has not been taken yet."""
+        return any(a.pending for a in self._attachments)
+
+    def batch_started(self) -> None:
+        """A training batch begins."""
+        self._training_watch.start()
+
+    def batch_ended(self) -> None:
+        """A training batch has been trained on."""
+        self._training_watch.stop()
+        self.training_batches += 1
+        self.steps = max((a.steps for a in self._attachments), default=0)
+
+    def update(self) -> Update:
+        """Take the hypergradient of the tracked steps and let the controller move."""
+        with self._watch.running():
+            update = self._update()
+        self.history.append(update)
+        return update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
+        return {
+            "version": 1,
+            "hyperparameters": self._settings.names,
+            "tuner": self._tuner.state_dict(),
+            "optimizer_steps": [a.steps for a in self._attachments],
+            "stream": self._stream.state_dict(),
+            "history": pack(self.history),
+            "first_values": dict(self.first_values),
+            "training_batches": self.training_batches,
+            "gradients": self.gradients,
+            "seconds": [self._watch.seconds, self._training_watch.seconds],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the run that returned `state`."""
+        if state["hyperparameters"] != self._settings.names:
+            rank_zero_warn(
+                f"The checkpoint was written by HyperGradient(hyperparameters={tuple(state['hyperparameters'])}) and "
+                f"is continued with {tuple(self._settings.names)}: a hyperparameter that is no longer named goes back "
+                "to what the optimizer says."
+            )
+        self._tuner.load_state_dict(state["tuner"])
+        for attachment, steps in zip(self._attachments, state["optimizer_steps"], strict=False):
+            attachment.steps = steps
+        self._stream.load_state_dict(state["stream"])
+        self.history = unpack(state["history"])
+        self.first_values = dict(state["first_values"])
+        self.training_batches, self.gradients = state["training_batches"], state["gradients"]
+        device = self._trainer.strategy.root_device
+        self._watch, self._training_watch = (Stopwatch(device, seconds) for seconds in state["seconds"])
+
+    def summary(self) -> str:
+        """One line: learned values, gradients spent, time against the training steps' own time."""
+        learned = ", ".join(f"{k} {self.first_values.get(k, v):.3g} -> {v:.3g}" for k, v in self.values.items())
+        own, training = self._watch.seconds, self._training_watch.seconds
+        ratio = f"{1 + own / training:.2f}x" if training > 0 else "unknown against"
+        skipped = sum(u.skipped is not None for u in self.history)
+        return (
+            f"HyperGradient: {learned}; {self.gradients} validation gradients beside {self.training_batches} training "
+            f"gradients, {ratio} the training steps' own time of {training:.1f} s"
+            + (f"; {skipped} updates skipped, see history" if skipped else "")
+        )
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        _check_disjoint(optimizers)
+        settings = self._settings
+        for i, optimizer in enumerate(optimizers):
+            hyperparameters = resolve(optimizer, settings.hyperparameters)
+            self._attachments.append(
+                Attachment(i, optimizer, hyperparameters, settings.estimator, self._tuner, settings.every_n_steps)
+            )
+
+    def _try_validation_loss(self, loader: Iterable[Any]) -> None:
+        """Fail at the start of fit and not `every_n_steps` later."""
+        params = [p for a in self._attachments for g in a.optimizer.param_groups for p in g["params"]]
+        batch = BatchStream(loader, self._settings.seed).next()
+        self._loss.gradient(batch, 0, [p for p in params if p.requires_grad], self._settings.seed)
+        self.gradients += 1
+
+    def _update(self) -> Update:
+        due = [a for a in self._attachments if a.pending]
+        params = list(dict.fromkeys(p for a in due for p in a.tracker.params))
+        index = self.gradients
+        loss, gradients = self._loss.gradient(
+            self._stream.next(), self._stream.position, params, self._settings.seed + index
+        )
+        self.gradients += 1
+        by_param = dict(zip(params, gradients, strict=True))
+        contractions = [a.tracker.contract(by_param) for a in due]
+        for attachment in due:
+            attachment.pending = False
+        numbers = iter(self._to_host(loss, contractions))
+        value = next(numbers)
+        measurements = []
+        for attachment, contraction in zip(due, contractions, strict=True):
+            groups = len(contraction.gradient_norms)
+            norms = [next(numbers) for _ in range(groups)]
+            hypergradients, scales = {}, {}
+            for name in contraction.hypergradients:
+                hypergradients[name] = [next(numbers) for _ in range(groups)]
+                scales[name] = [next(numbers) * norm for norm in norms]
+            measurements += attachment.measurements(hypergradients, scales)
+        sign, labels = self._settings.sign, self._labels()
+        outcome = self._tuner.update(
+            [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value
+        )
+        return Update(
+            step=self.steps,
+            val_loss=value,
+            values={labels[m.key]: m.value for m in measurements},
+            hypergradients={labels[m.key]: m.hypergradient for m in measurements},
+            cosines={labels[key]: cosine for key, cosine in outcome.cosines.items()},
+            signal_to_noise={labels[key]: snr for key, snr in outcome.signal_to_noise.items()},
+            skipped=outcome.skipped,
+        )
+
+    def _to_host(self, loss: torch.Tensor, contractions: list[Contraction]) -> list[float]:
+        """Every number of an update in one transfer, averaged over ranks."""
+        columns = [loss.reshape(1)]
+        for contraction in contractions:
+            columns.append(contraction.gradient_norms)
+            for name, hypergradients in contraction.hypergradients.items():
+                columns += [hypergradients, contraction.tangent_norms[name]]
+        wide = torch.float64 if any(c.dtype == torch.float64 for c in columns) else torch.float32
+        packed = torch.cat([c.to(loss.device, wide) for c in columns])
+        if self._trainer.world_size > 1:
+            packed = self._trainer.strategy.reduce(packed, reduce_op="mean")
+        return packed.tolist()
+
+    def _labels(self) -> dict[str, str]:
+        """What a user calls each coordinate, by its key."""
+        labels = {}
+        for i, attachment in enumerate(self._attachments):
+            groups = attachment.optimizer.param_groups
+            for key, at, hyperparameter in attachment.coordinates():
+                parts = [hyperparameter.name]
+                if len(self._attachments) > 1:
+                    parts.append(f"optimizer_{i}")
+                if len(groups) > 1:
+                    parts.append(str(groups[at].get("name", f"group_{at}")))
+                labels[key] = "/".join(parts)
+        return labels
+
+
+def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int, bool]:
+    """The loader to tune on, its index among the Trainer's, and whether the Trainer has several."""
+    if settings.val_dataloaders is not None:
+        return settings.val_dataloaders, 0, False
+    loaders = validation_loaders(trainer)
+    if not loaders:
+        raise ConfigurationError(
+            "There is no validation data to tune hyperparameters on: the Trainer has none (or limit_val_batches=0). "
+            "Give the module a val_dataloader, or pass HyperGradient(val_dataloaders=...)."
+        )
+    _, _, suffix = settings.monitor.partition("/dataloader_idx_")
+    if len(loaders) > 1 and not (suffix.isdigit() and int(suffix) < len(loaders)):
+        raise ConfigurationError(
+            f"The Trainer has {len(loaders)} validation loaders and monitor={settings.monitor!r} does not say which: "
+            f"use monitor='{settings.monitor}/dataloader_idx_0', or pass HyperGradient(val_dataloaders=...)."
+        )
+    rank_zero_info(
+        f"HyperGradient tunes on the Trainer's validation data: {settings.monitor!r} is no longer held out. Pass "
+        "val_dataloaders= a split of its own (hypergrad.split makes one) to keep it so."
+    )
+    index = int(suffix) if suffix else 0
+    return loaders[index], index, len(loaders) > 1
+
+
+def _check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    owner: dict[torch.Tensor, int] = {}
+    for i, optimizer in enumerate(optimizers):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if owner.setdefault(p, i) != i:
+                raise ConfigurationError(
+                    f"A parameter of shape {tuple(p.shape)} is stepped by optimizers {owner[p]} and {i}: its change has "
+                    "no single learning rate. Give each parameter to one optimizer."
+                )

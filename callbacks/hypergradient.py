@@ -1,0 +1,176 @@
+"""The callback: learns hyperparameters from the validation gradient while the module trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from hypergrad import ConfigurationError, Controller, Descent, Estimator, Online, OptimizerHyperparameter
+from hypergrad.callbacks._history import Update
+from hypergrad.callbacks._run import Run, Settings
+
+
+class HyperGradient(pl.Callback):
+    """Tunes learning rate and weight decay by the gradient of the validation loss, within one training run.
+
+    Attach it to a Trainer and train as usual; the module, its `configure_optimizers` and its data stay as they are.
+    Every `every_n_steps` optimizer steps one batch of hyper-validation data goes through `validation_step`, and its
+    gradient says which way each hyperparameter of the last step should have gone.
+
+    What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
+    values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves; one that is 0 in
+    some groups only is left at 0 there.
+
+    Args:
+        hyperparameters: names in the optimizer's param groups, `"lr"`, `"weight_decay"`, `"momentum"`,
+            `"betas[0]"`, …, or `OptimizerHyperparameter` for a domain of your own. Each param group learns its own.
+        estimator: how the hypergradient is computed. Default: `Online()`.
+        monitor: the key under which `validation_step` logs the loss. Where it logs none, what it returns is taken.
+        mode: `"min"` if a smaller monitored value is better, `"max"` if a larger one is.
+        val_dataloaders: the hyper-validation data, one loader. None takes the Trainer's validation data, and says
+            once that the monitored number is then no longer held out.
+        every_n_steps: optimizer steps between two hypergradients, at least 1. Where one batch makes several steps
+            (manual optimization), the last of them is measured.
+        controller: turns hypergradients into moves. Default: `Descent()`; `Hold()` only measures.
+        seed: fixes the order of hyper-validation batches and the randomness of their evaluation.
+
+    Raises:
+        ConfigurationError: at construction or at the start of `fit`, for settings that cannot work.
+        HyperparameterError, UnsupportedOptimizerError, NotDifferentiableError: at the start of `fit`, for a
+            hyperparameter, an optimizer or a validation loss that cannot be differentiated.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Sequence[str | OptimizerHyperparameter] = ("lr", "weight_decay"),
+        *,
+        estimator: Estimator | None = None,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        val_dataloaders: Iterable[Any] | None = None,
+        every_n_steps: int = 5,
+        controller: Controller | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ConfigurationError(f"`every_n_steps` must be an integer of at least 1, but got {every_n_steps!r}.")
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f"`mode` must be 'min' or 'max', but got {mode!r}.")
+        if isinstance(val_dataloaders, (list, tuple, dict)):
+            raise ConfigurationError(
+                f"`val_dataloaders` must be one DataLoader, but got a {type(val_dataloaders).__name__}: join the "
+                "datasets with torch.utils.data.ConcatDataset, or pass the one that hyperparameters are tuned on."
+            )
+        self.settings = Settings(
+            hyperparameters=(hyperparameters,) if isinstance(hyperparameters, str) else tuple(hyperparameters),
+            estimator=estimator if estimator is not None else Online(),
+            monitor=monitor,
+            sign=1.0 if mode == "min" else -1.0,
+            val_dataloaders=val_dataloaders,
+            every_n_steps=every_n_steps,
+            controller=controller if controller is not None else Descent(),
+            seed=seed,
+        )
+        self._fresh_controller = self.settings.controller.state_dict()
+        self._run: Run | None = None
+        self._restored: dict[str, Any] | None = None
+        self._logged_at = 0
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """The value that the next step uses, by name and param group; after the fit, the last values.
+
+        Keys are `"lr"` with one param group, `"lr/<the group's name, or group_i>"` with several, and
+        `"lr/optimizer_i/…"` with several optimizers. Empty before the first fit.
+        """
+        return self._run.values if self._run is not None else {}
+
+    @property
+    def history(self) -> list[Update]:
+        """One record per hypergradient: step, validation loss, values, hypergradients and how sure they are."""
+        return self._run.history if self._run is not None else []
+
+    def summary(self) -> str:
+        """One line: learned values, gradients spent, time against the training steps' own time."""
+        return self._run.summary() if self._run is not None else "HyperGradient: not fitted yet"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check everything that can be wrong, once, and attach to the optimizers."""
+        _check_trainer(trainer, pl_module)
+        self.settings.controller.load_state_dict(self._fresh_controller)
+        self._run = Run(trainer, pl_module, self.settings)
+        self._logged_at = 0
+        if self._restored is not None:
+            self._run.load_state_dict(self._restored["run"])
+            self._logged_at = self._restored["logged_at"]
+            self._restored = None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Time the training steps themselves."""
+        if self._run is not None:
+            self._run.batch_started()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Take the hypergradient of a step that was tracked in this batch."""
+        if self._run is None:
+            return
+        self._run.batch_ended()
+        if self._run.is_due:
+            update = self._run.update()
+            if self._run.steps - self._logged_at >= trainer.log_every_n_steps or not self._logged_at:
+                self._logged_at = self._run.steps
+                self._write(trainer, update)
+
+    def on_train_end(self, *_: Any) -> None:
+        """Say what was learned and what it cost."""
+        rank_zero_info(self.summary())
+        self._detach()
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the optimizers as they were found."""
+        self._detach()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leave the optimizers as they were found."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
+        if self._run is None:
+            return {}
+        return {"run": self._run.state_dict(), "logged_at": self._logged_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where to continue; applied when the fit starts and the optimizers exist."""
+        self._restored = state_dict or None
+
+    def _detach(self) -> None:
+        if self._run is not None:
+            self._run.detach()
+
+    def _write(self, trainer: pl.Trainer, update: Update) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(update.scalars(), step=update.step)
+        rates = [label for label in update.values if label.partition("/")[0] == "lr"]
+        if rates and trainer.progress_bar_callback is not None:
+            self.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+
+
+def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    if not is_overridden("validation_step", module):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no validation_step, so there is no validation loss to differentiate: define "
+            "one that returns or logs it."
+        )
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} shards or replaces the parameters, where hypergradients are not "
+            "available yet: use one device or strategy='ddp'."
+        )
+    if not trainer.optimizers:
+        raise ConfigurationError(f"{type(module).__name__}.configure_optimizers returned no optimizer to tune.")

@@ -1,0 +1,54 @@
+"""Tune neural networks by gradient: d(validation loss)/d(hyperparameter), for any torch optimizer.
+
+`hypergrad.callbacks` holds the Lightning callback; this package is the mathematics and needs torch only.
+"""
+
+from hypergrad.controllers.base import Controller, Reading
+from hypergrad.controllers.descent import Descent
+from hypergrad.controllers.hold import Hold
+from hypergrad.data import split
+from hypergrad.errors import (
+    ConfigurationError,
+    HypergradError,
+    HyperparameterError,
+    NotDifferentiableError,
+    UnsupportedOptimizerError,
+)
+from hypergrad.estimators.base import Contraction, Estimator, Tracker
+from hypergrad.estimators.online import Online
+from hypergrad.functional import HypergradientResult, hypergradient
+from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
+from hypergrad.isolation import RngStream, preserved, preserved_rng
+from hypergrad.transform import Identity, Log, Logit, Transform
+from hypergrad.tuner import Measurement, Outcome, Tuner
+
+__all__ = [
+    "ConfigurationError",
+    "Contraction",
+    "Controller",
+    "Descent",
+    "Estimator",
+    "Hold",
+    "HypergradError",
+    "HypergradientResult",
+    "HyperparameterError",
+    "Identity",
+    "Log",
+    "Logit",
+    "Measurement",
+    "NotDifferentiableError",
+    "Online",
+    "OptimizerHyperparameter",
+    "Outcome",
+    "Reading",
+    "RngStream",
+    "Tracker",
+    "Transform",
+    "Tuner",
+    "UnsupportedOptimizerError",
+    "hypergradient",
+    "preserved",
+    "preserved_rng",
+    "resolve",
+    "split",
+]

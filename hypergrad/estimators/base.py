@@ -1,0 +1,65 @@
+"""The two interfaces of an estimator: what a user names, and what follows one optimizer along a run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hypergrad.hyperparameter import OptimizerHyperparameter
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Validation gradient times d(parameters)/d(hyperparameter), per hyperparameter and param group.
+
+    All tensors have shape `(groups,)`, stay on the parameters' device and are float32 or wider. A group that the
+    step did not move has zeros.
+
+    Args:
+        hypergradients: d(val_loss)/d(value), in natural units.
+        tangent_norms: the Euclidean norm of d(parameters of the group)/d(value).
+        gradient_norms: the Euclidean norm of the validation gradient on the group's parameters.
+    """
+
+    hypergradients: dict[str, torch.Tensor]
+    tangent_norms: dict[str, torch.Tensor]
+    gradient_norms: torch.Tensor
+
+
+class Tracker(ABC):
+    """Follows one optimizer: told when a step is about to happen, asked for the hypergradient after it."""
+
+    @property
+    @abstractmethod
+    def params(self) -> Sequence[torch.Tensor]:
+        """The parameters whose validation gradient `contract` needs; empty before the first tracked step."""
+
+    @abstractmethod
+    def before_step(self) -> None:
+        """Call between the final gradient and the update, on every step that is to be tracked."""
+
+    @abstractmethod
+    def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
+        """The hypergradient, from the validation gradient at the parameters after the step.
+
+        Args:
+            gradients: the validation gradient of each tensor in `params`, in its shape.
+        """
+
+
+class Estimator(ABC):
+    """A way to compute hypergradients: settings only, so that one object can serve many optimizers and runs."""
+
+    @abstractmethod
+    def track(
+        self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]
+    ) -> Tracker:
+        """Start to follow an optimizer.
+
+        Raises:
+            UnsupportedOptimizerError: for an optimizer that this estimator cannot differentiate.
+            HyperparameterError: for a hyperparameter on which the optimizer's step does not depend.
+        """

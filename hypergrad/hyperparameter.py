@@ -1,0 +1,195 @@
+"""What is learned: one real number in an optimizer's param groups, its domain and how to read and write it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hypergrad.errors import HyperparameterError
+from hypergrad.transform import Log, Logit, Transform
+
+ParamGroup = dict[str, Any]
+
+# key -> (transform, lower, upper, floor). `floor` is where learning starts when the user's value is exactly 0; lr has
+# none, because a schedule that starts at 0 means it.
+_DEFAULTS: dict[str, tuple[Transform, float, float, float | None]] = {
+    "lr": (Log(), 1e-10, 10.0, None),
+    "weight_decay": (Log(), 1e-6, 10.0, 1e-5),
+    "eps": (Log(), 1e-16, 1.0, 1e-10),
+    "momentum": (Logit(), 0.01, 0.9999, 0.01),
+    "dampening": (Logit(), 0.01, 0.9999, 0.01),
+    "betas": (Logit(), 0.01, 0.99999, 0.01),
+    "alpha": (Logit(), 0.01, 0.99999, 0.01),
+    "rho": (Logit(), 0.01, 0.99999, 0.01),
+}
+_FALLBACK: tuple[Transform, float, float, float | None] = (Log(), 1e-12, 1e6, 1e-6)
+_NAME = re.compile(r"(?P<key>[^\[\]]+)(\[(?P<index>\d+)\])?")
+
+
+@dataclass(frozen=True)
+class OptimizerHyperparameter:
+    """One real-valued entry of an optimizer's param groups.
+
+    A plain string stands for this wherever hyperparameters are named; build one yourself to change the
+    domain or to name the domain of an optimizer that torch does not ship.
+
+    Args:
+        name: key in `optimizer.param_groups[i]`, with an index for tuple entries: `"lr"`, `"betas[0]"`.
+        transform: the coordinate in which it moves. Default: logarithm, or logit for fractions (`momentum`,
+            `betas[i]`, `alpha`, `rho`, `dampening`).
+        lower, upper: learning never carries the value outside `[lower, upper]`; a start outside is kept and
+            may only move inwards.
+        floor: where learning starts if the user's value is exactly 0, whose logarithm does not exist. Default:
+            1e-5 for `weight_decay`, 0.01 for fractions; none for `lr`, which stays at a scheduled 0.
+
+    Raises:
+        HyperparameterError: for a malformed name or an empty domain.
+
+    >>> OptimizerHyperparameter("betas[0]").read({"betas": (0.9, 0.999)})
+    0.9
+    """
+
+    name: str
+    transform: Transform | None = None
+    lower: float | None = None
+    upper: float | None = None
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        match = _NAME.fullmatch(self.name)
+        if match is None:
+            raise HyperparameterError(
+                f"A hyperparameter is named by its key in the optimizer's param groups, such as 'lr' or 'betas[0]', "
+                f"but got {self.name!r}."
+            )
+        transform, lower, upper, floor = _DEFAULTS.get(match["key"], _FALLBACK)
+        for field, default in (("transform", transform), ("lower", lower), ("upper", upper), ("floor", floor)):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        if not self.bounds[0] < self.bounds[1]:
+            raise HyperparameterError(
+                f"`lower` must be below `upper`, but got lower={self.lower}, upper={self.upper} for {self.name!r}."
+            )
+
+    @property
+    def key(self) -> str:
+        """The param-group key without an index: `"betas"` for `"betas[0]"`."""
+        return self.name.partition("[")[0]
+
+    @property
+    def index(self) -> int | None:
+        """The position inside a tuple entry, or None for a scalar one."""
+        return int(self.name.partition("[")[2][:-1]) if "[" in self.name else None
+
+    @property
+    def coordinate(self) -> Transform:
+        """The unconstrained coordinate in which the value moves."""
+        return self.transform if self.transform is not None else Log()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """`(lower, upper)` in natural units."""
+        return (
+            self.lower if self.lower is not None else -math.inf,
+            self.upper if self.upper is not None else math.inf,
+        )
+
+    def start(self, scheduled: float) -> float | None:
+        """Where in the open domain learning starts from a scheduled value; None where it must stay as it is."""
+        if scheduled == 0.0:
+            return self.floor
+        try:
+            finite = math.isfinite(self.coordinate.forward(scheduled))
+        except ValueError:
+            finite = False
+        return scheduled if finite else min(max(scheduled, self.bounds[0]), self.bounds[1])
+
+    def read(self, group: ParamGroup) -> float:
+        """The value in one param group, as a Python float (a tensor entry is read to the host)."""
+        entry = group[self.key]
+        return float(entry if self.index is None else entry[self.index])
+
+    def write(self, group: ParamGroup, value: float | torch.Tensor) -> None:
+        """Put a value into one param group; a tuple entry is replaced by a new tuple, a tensor by a new tensor."""
+        old = group[self.key]
+        if self.index is not None:
+            group[self.key] = (*old[: self.index], value, *old[self.index + 1 :])
+        elif isinstance(old, torch.Tensor) and not isinstance(value, torch.Tensor):
+            group[self.key] = torch.full_like(old, value)
+        else:
+            group[self.key] = value
+
+
+def resolve(
+    optimizer: torch.optim.Optimizer, hyperparameters: Iterable[str | OptimizerHyperparameter]
+) -> tuple[OptimizerHyperparameter, ...]:
+    """Turn names into hyperparameters and check that this optimizer has every one of them.
+
+    Raises:
+        HyperparameterError: for an unknown, repeated or non-numeric entry, or no entry at all; the message
+            lists what the optimizer offers.
+    """
+    if isinstance(hyperparameters, str):
+        hyperparameters = (hyperparameters,)
+    resolved = tuple(h if isinstance(h, OptimizerHyperparameter) else _from_name(h) for h in hyperparameters)
+    names = [h.name for h in resolved]
+    if not names:
+        raise HyperparameterError("No hyperparameter was named. Name at least one, such as hyperparameters=('lr',).")
+    if len(set(names)) < len(names):
+        raise HyperparameterError(f"Each hyperparameter may be named once, but got {tuple(names)}.")
+    for hyperparameter in resolved:
+        for group in optimizer.param_groups:
+            _check_entry(optimizer, group, hyperparameter)
+    return resolved
+
+
+def available(group: ParamGroup) -> list[str]:
+    """Names of every real-valued entry of a param group, tuple entries one by one.
+
+    >>> available({"params": [], "lr": 0.1, "betas": (0.9, 0.999), "amsgrad": False})
+    ['lr', 'betas[0]', 'betas[1]']
+    """
+    names: list[str] = []
+    for key, entry in group.items():
+        if key == "params":
+            continue
+        if _is_real(entry):
+            names.append(key)
+        elif isinstance(entry, (tuple, list)):
+            names.extend(f"{key}[{i}]" for i, item in enumerate(entry) if _is_real(item))
+    return names
+
+
+def _from_name(name: object) -> OptimizerHyperparameter:
+    if not isinstance(name, str):
+        raise HyperparameterError(
+            f"A hyperparameter is a name such as 'lr' or an OptimizerHyperparameter, but got {name!r}."
+        )
+    return OptimizerHyperparameter(name)
+
+
+def _check_entry(optimizer: torch.optim.Optimizer, group: ParamGroup, hyperparameter: OptimizerHyperparameter) -> None:
+    if hyperparameter.name in available(group):
+        return
+    entry = group.get(hyperparameter.key)
+    if isinstance(entry, (tuple, list)) and hyperparameter.index is None:
+        hint = f"it is a tuple: name one entry, such as '{hyperparameter.key}[0]'"
+    elif hyperparameter.key in group:
+        hint = f"its value {entry!r} is not a real number"
+    else:
+        hint = "this optimizer has no such entry"
+    raise HyperparameterError(
+        f"{type(optimizer).__name__} has no learnable hyperparameter {hyperparameter.name!r}: {hint}. "
+        f"It offers {', '.join(available(group))}."
+    )
+
+
+def _is_real(entry: object) -> bool:
+    if isinstance(entry, torch.Tensor):
+        return entry.numel() == 1 and entry.is_floating_point()
+    return isinstance(entry, (int, float)) and not isinstance(entry, bool)

@@ -1,0 +1,51 @@
+"""Update rules whose derivative needs no second look at the step.
+
+Every entry holds for all flags of its class and is tested equal to the general derivative. Matched by exact class:
+a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hypergrad.hyperparameter import ParamGroup
+
+# theta' = theta - lr * d(theta, g, s), decoupled decay included: d(theta')/d(lr) = (theta' - theta) / lr.
+_LINEAR_IN_LR = frozenset(
+    {
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adamax,
+        torch.optim.Adadelta,
+    }
+)
+_DECOUPLED_WHEN_ASKED = frozenset({torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam})
+
+
+def lr_from_difference(optimizer: torch.optim.Optimizer, group: ParamGroup, lr: float) -> bool:
+    """Whether d(theta')/d(lr) may be read off the step itself, as (theta' - theta) / lr.
+
+    Not in half precision and not below lr = 1000 eps (1.2e-4 in float32), where the subtraction would cancel the
+    digits that count: there the general derivative costs a little more and loses nothing.
+    """
+    if type(optimizer) not in _LINEAR_IN_LR:
+        return False
+    return all(p.is_floating_point() and lr >= 1e3 * torch.finfo(p.dtype).eps for p in group["params"])
+
+
+def is_linear_in_lr(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether theta' is linear in lr, given the state before the step."""
+    return type(optimizer) in _LINEAR_IN_LR
+
+
+def decay_is_decoupled(optimizer: torch.optim.Optimizer, group: ParamGroup) -> bool:
+    """Whether the rule is theta' = (1 - lr * weight_decay) * theta - ..., so d(theta')/d(weight_decay) = -lr * theta.
+
+    In Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2, line 12.
+    """
+    return type(optimizer) in _DECOUPLED_WHEN_ASKED and bool(group.get("decoupled_weight_decay", False))

@@ -1,0 +1,55 @@
+"""A second optimizer of the same class on other tensors: what lets us try a step without taking it.
+
+The one file that relies on how `torch.optim.Optimizer` is built inside (`step.hooked`, `step.__wrapped__`);
+`tests/hypergrad/optimizer/test_shadow.py` breaks when that moves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from hypergrad.hyperparameter import ParamGroup
+
+# Implementation switches that choose a kernel, never a rule. The single-tensor Python path is the one that
+# forward AD can follow; `differentiable` selects it in every torch optimizer.
+_SINGLE_TENSOR = {"foreach": False, "fused": False, "capturable": False, "differentiable": True}
+
+
+def shadow(
+    optimizer: torch.optim.Optimizer,
+    param_groups: list[ParamGroup],
+    state: dict[torch.Tensor, dict[str, Any]],
+) -> torch.optim.Optimizer:
+    """An optimizer with `optimizer`'s class and settings, but these groups and this state, and none of its hooks.
+
+    Nothing of the original is written to: groups and state are used as given, other attributes are shared, with
+    a copy of those that are plain containers.
+    """
+    # copy() goes through torch's own __getstate__/__setstate__, which keeps groups and state and starts with
+    # no hooks; third-party optimizers keep further attributes, which __getstate__ leaves out.
+    twin = copy.copy(optimizer)
+    for name, value in vars(optimizer).items():
+        if name not in vars(twin) and name != "step":  # LR schedulers patch `step` on the instance
+            setattr(twin, name, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
+    twin.param_groups = param_groups
+    twin.state = defaultdict(dict, state)  # type: ignore[arg-type]
+    return twin
+
+
+def single_tensor_group(group: ParamGroup, params: list[torch.Tensor]) -> ParamGroup:
+    """A copy of one param group on other tensors, on the single-tensor path that forward AD can follow."""
+    settings = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+    settings.update({key: value for key, value in _SINGLE_TENSOR.items() if key in settings})
+    return {**settings, "params": params}
+
+
+def raw_step(optimizer: torch.optim.Optimizer) -> None:
+    """Run the optimizer's own `step()` without per-instance, global or profiling hooks."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer)

@@ -1,0 +1,166 @@
+"""Is this optimizer's step really differentiated correctly? Asked of the class itself, on a problem of 15 numbers.
+
+No table of supported optimizers can cover those that users bring. Before anything is learned, the derivative of
+each named hyperparameter is compared with central differences of the optimizer's own step in float64. A tangent that
+got lost, or a rule that is no function of the hyperparameter, shows here and not in somebody's training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
+from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.isolation import preserved_rng
+from hypergrad.optimizer.shadow import raw_step, shadow, single_tensor_group
+from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step
+
+_WARM_UP = 8  # RAdam's rectified branch starts at step 6 with its default betas
+_TOLERANCE = 1e-3  # a lost term shows as an error of order one
+
+
+def verify(optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> None:
+    """Check each hyperparameter of each kind of param group; changes nothing.
+
+    Raises:
+        HyperparameterError: if the step does not depend on the hyperparameter.
+        UnsupportedOptimizerError: if the step cannot be differentiated, or its derivative is wrong.
+    """
+    check_optimizer(optimizer)
+    kinds: dict[str, ParamGroup] = {}
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        flags = {k: v for k, v in settings.items() if not isinstance(v, (float, torch.Tensor))}
+        zeros = sorted(k for k, v in settings.items() if isinstance(v, float) and v == 0.0)
+        kinds.setdefault(repr((flags, zeros)), group)
+    with preserved_rng(0), _untouched(optimizer):
+        for group in kinds.values():
+            problem = _Problem(optimizer, group)
+            for hyperparameter in hyperparameters:
+                problem.check(hyperparameter)
+
+
+@contextmanager
+def _untouched(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A shadow works on copies; an optimizer that also keeps its tensors elsewhere would move the real ones."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        moved = [p for p, old in zip(params, before, strict=True) if not torch.equal(p.detach(), old)]
+        with torch.no_grad():
+            for p, old in zip(params, before, strict=True):
+                p.copy_(old)
+        if moved:
+            raise UnsupportedOptimizerError(
+                f"{type(optimizer).__name__} keeps parameters outside `param_groups`, so its step cannot be tried on "
+                "copies. The parameters were put back. Use an optimizer that works on its `param_groups`."
+            )
+
+
+class _Problem:
+    """A matrix parameter that has taken a few steps under the settings of one param group."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: ParamGroup) -> None:
+        self._name = type(optimizer).__name__
+        self._optimizer = optimizer
+        try:
+            self._prepare(group, [(4, 3), (3,)])
+        except UnsupportedOptimizerError:
+            self._prepare(group, [(4, 3)])  # Muon and its like take matrices only
+
+    def _prepare(self, group: ParamGroup, shapes: list[tuple[int, ...]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        settings = single_tensor_group(_detached(group), self._params)
+        self._twin = shadow(self._optimizer, [settings | _plain(settings)], {})
+        with torch.no_grad():
+            for _ in range(_WARM_UP):
+                self._new_gradients(generator)
+                self._step(self._twin)
+            self._new_gradients(generator)
+
+    def check(self, hyperparameter: OptimizerHyperparameter) -> None:
+        value = hyperparameter.read(self._twin.param_groups[0])
+        where = f"{self._name} at {hyperparameter.name}={value:g}"
+        moved = self._derivative(hyperparameter, where)
+        step = _difference_step(value)
+        up, down = (self._parameters_after(hyperparameter, value + sign * step) for sign in (1.0, -1.0))
+        expected = torch.cat([((u - d) / (2 * step)).reshape(-1) for u, d in zip(up, down, strict=True)])
+        actual = torch.cat([moved.get(p, torch.zeros_like(p)).reshape(-1) for p in self._params])
+        rounding = 8 * torch.finfo(torch.float64).eps * torch.cat([u.reshape(-1) for u in up]).norm() / step
+        if bool(torch.maximum(actual.norm(), expected.norm()) <= rounding):
+            raise HyperparameterError(
+                f"One step of {where} does not depend on {hyperparameter.name!r}: there is nothing to learn. "
+                "Leave it out, or start from a value that switches it on."
+            )
+        error = (actual - expected).norm()
+        if not bool(error <= _TOLERANCE * expected.norm() + rounding):
+            raise UnsupportedOptimizerError(
+                f"The step of {where} is not differentiated correctly with respect to {hyperparameter.name!r}: "
+                f"the derivative is off by {float(error):.2g} where its size is {float(expected.norm()):.2g} "
+                "(the step computes it outside torch's differentiable operations, or in low precision). "
+                f"Leave {hyperparameter.name!r} out and learn the others, or use another optimizer."
+            )
+
+    def _derivative(self, hyperparameter: OptimizerHyperparameter, where: str) -> dict[torch.Tensor, torch.Tensor]:
+        direction = Direction(hyperparameters={(0, hyperparameter): 1.0})
+        try:
+            return differentiate_step(self._twin, direction).params
+        except UnsupportedOptimizerError as error:
+            raise UnsupportedOptimizerError(f"{error} Leave {hyperparameter.name!r} out and learn the others.") from error
+        except Exception as error:  # whatever a foreign step() raises when it meets tensors that it did not expect
+            raise UnsupportedOptimizerError(
+                f"The step of {where} cannot be differentiated with respect to {hyperparameter.name!r}: "
+                f"{type(error).__name__}: {error}. Leave it out, or start from a value that switches it on."
+            ) from error
+
+    def _parameters_after(self, hyperparameter: OptimizerHyperparameter, value: float) -> list[torch.Tensor]:
+        params = [p.clone() for p in self._params]
+        for clone, p in zip(params, self._params, strict=True):
+            clone.grad = p.grad
+        group = {**copy.deepcopy(_detached(self._twin.param_groups[0])), "params": params}
+        hyperparameter.write(group, value)
+        state = {c: copy.deepcopy(self._twin.state[p]) for c, p in zip(params, self._params, strict=True)}
+        with torch.no_grad():
+            self._step(shadow(self._optimizer, [group], state), f" with {hyperparameter.name}={value:g}")
+        return params
+
+    def _step(self, optimizer: torch.optim.Optimizer, setting: str = "") -> None:
+        try:
+            raw_step(optimizer)
+        except Exception as error:
+            raise UnsupportedOptimizerError(
+                f"The step of {self._name}{setting} could not be tried on a problem of 15 numbers, as is done before "
+                f"anything is learned: {type(error).__name__}: {error}."
+            ) from error
+
+    def _new_gradients(self, generator: torch.Generator) -> None:
+        for p in self._params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+
+def _detached(group: ParamGroup) -> ParamGroup:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _plain(group: ParamGroup) -> dict[str, Any]:
+    """Settings of the ordinary, not differentiable path: the reference is the step that users take."""
+    plain: dict[str, Any] = {"differentiable": False} if "differentiable" in group else {}
+    if isinstance(group.get("lr"), torch.Tensor):
+        plain["lr"] = float(group["lr"])
+    return plain
+
+
+def _difference_step(value: float) -> float:
+    """Small against the distance to 0 and to 1, where most rules have a pole or a bound."""
+    if value == 0.0:
+        return 1e-6
+    distance = min(abs(value), abs(1.0 - value)) if 0.0 < value < 1.0 else abs(value)
+    return 1e-2 * distance

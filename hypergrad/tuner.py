@@ -1,0 +1,166 @@
+"""Holds what has been learned, turns it into values for a step, and keeps every move inside its domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypergrad.controllers.base import Controller, Reading
+from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.signal import SignalToNoise
+
+# A step multiplies decayed weights by 1 - lr * weight_decay: at 1 they are erased, beyond it they change sign.
+MAX_DECAY_PER_STEP = 0.5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One hypergradient, in natural units, together with where it was taken.
+
+    Args:
+        key: identifies the coordinate along the run.
+        hyperparameter: what was measured.
+        scheduled: the value that the user or an LR scheduler set.
+        value: the value that the step really used.
+        hypergradient: d(objective)/d(value), the objective to be made smaller.
+        scale: the product of the norms of the validation gradient and of d(parameters)/d(value).
+    """
+
+    key: str
+    hyperparameter: OptimizerHyperparameter
+    scheduled: float
+    value: float
+    hypergradient: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one update did.
+
+    Args:
+        skipped: why nothing moved, or None.
+        cosines, signal_to_noise: by key; see `Reading` and `SignalToNoise`.
+    """
+
+    skipped: str | None = None
+    cosines: dict[str, float] = field(default_factory=dict)
+    signal_to_noise: dict[str, float] = field(default_factory=dict)
+
+
+class Tuner:
+    """Owns one offset per coordinate: value = inverse(forward(scheduled) + offset).
+
+    An offset, not a value, because schedulers keep writing the scheduled value: in a logarithmic coordinate the
+    learned part is a factor on whatever the schedule says. An offset of exactly 0 returns the scheduled value itself.
+
+    Args:
+        controller: decides how far coordinates move.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self._offsets: dict[str, float] = {}
+        self._signals: dict[str, SignalToNoise] = {}
+
+    def values(
+        self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]
+    ) -> dict[str, float]:
+        """The values that a step should use, by key, for one param group in which the scheduled values stand.
+
+        Args:
+            group: the param group.
+            coordinates: key -> hyperparameter, for all that is learned in this group.
+        """
+        values = {key: self._value(key, h, h.read(group)) for key, h in coordinates.items()}
+        names = {h.name: key for key, h in coordinates.items()}
+        if any(self._offsets.get(key) for key in values):
+            self._bound_decay(values, names, group)
+        return values
+
+    def update(self, measurements: Sequence[Measurement], loss: float) -> Outcome:
+        """Let the controller move every coordinate; nothing moves where a number is not finite.
+
+        Args:
+            measurements: at most one per coordinate.
+            loss: the validation loss at which they were taken.
+        """
+        numbers = [loss, *(x for m in measurements for x in (m.hypergradient, m.scale, m.value))]
+        if not all(map(math.isfinite, numbers)):
+            culprit = "hypergradient" if math.isfinite(loss) else "validation loss"
+            return Outcome(skipped=f"non-finite {culprit}")
+        readings = [_reading(m) for m in measurements]
+        for reading in readings:
+            self._signals.setdefault(reading.key, SignalToNoise()).add(reading.slope)
+        for measurement, move in zip(measurements, self.controller.moves(readings), strict=True):
+            if not math.isfinite(move):
+                raise ValueError(f"{type(self.controller).__name__} moved {measurement.key!r} by {move}.")
+            if move != 0.0:
+                self._move(measurement, move)
+        return Outcome(
+            cosines={r.key: r.cosine for r in readings},
+            signal_to_noise={r.key: self._signals[r.key].value for r in readings},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Offsets, signal statistics and the controller's memory."""
+        return {
+            "offsets": dict(self._offsets),
+            "signals": {key: signal.state_dict() for key, signal in self._signals.items()},
+            "controller": self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the tuner that returned `state`."""
+        self._offsets = dict(state["offsets"])
+        self._signals = {key: SignalToNoise(**signal) for key, signal in state["signals"].items()}
+        self.controller.load_state_dict(state["controller"])
+
+    def _value(self, key: str, hyperparameter: OptimizerHyperparameter, scheduled: float) -> float:
+        offset = self._offsets.get(key, 0.0)
+        if offset == 0.0:
+            return scheduled
+        start = hyperparameter.start(scheduled)
+        return scheduled if start is None else _clamped(hyperparameter, start, start, offset)
+
+    def _move(self, measurement: Measurement, move: float) -> None:
+        hyperparameter, offset = measurement.hyperparameter, self._offsets.get(measurement.key, 0.0)
+        start = hyperparameter.start(measurement.scheduled)
+        if start is None:
+            return
+        target = _clamped(hyperparameter, start, measurement.value or start, offset + move)
+        # Store what was reached, not what was asked for: no wind-up at a bound.
+        coordinate = hyperparameter.coordinate
+        self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
+
+    def _bound_decay(self, values: dict[str, float], keys: Mapping[str, str], group: ParamGroup) -> None:
+        lr_key, decay_key = keys.get("lr"), keys.get("weight_decay")
+        lr = values[lr_key] if lr_key else float(group.get("lr", 0.0))
+        decay = values[decay_key] if decay_key else float(group.get("weight_decay", 0.0))
+        if lr * decay <= MAX_DECAY_PER_STEP:
+            return
+        if decay_key and self._offsets.get(decay_key):
+            values[decay_key] = MAX_DECAY_PER_STEP / lr
+        elif lr_key:
+            values[lr_key] = MAX_DECAY_PER_STEP / decay
+
+
+def _clamped(hyperparameter: OptimizerHyperparameter, start: float, current: float, offset: float) -> float:
+    """inverse(forward(start) + offset), not beyond the bounds; a value already beyond may only come back."""
+    lower, upper = hyperparameter.bounds
+    coordinate = hyperparameter.coordinate
+    lower, upper = min(lower, current), max(upper, current)
+    position = coordinate.forward(start) + offset
+    # In the coordinate, where it cannot overflow: exp(800) would.
+    position = min(max(position, coordinate.forward(lower)), coordinate.forward(upper))
+    return min(max(coordinate.inverse(position), lower), upper)
+
+
+def _reading(measurement: Measurement) -> Reading:
+    hyperparameter = measurement.hyperparameter
+    value = hyperparameter.start(measurement.value) or 0.0
+    slope = measurement.hypergradient * hyperparameter.coordinate.slope(value)
+    cosine = measurement.hypergradient / measurement.scale if measurement.scale > 0.0 else 0.0
+    return Reading(measurement.key, slope=slope, cosine=max(-1.0, min(1.0, cosine)))
