@@ -126,7 +126,7 @@ class Stopwatch:
         return self._event() if self._cuda else time.perf_counter()
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -135,7 +135,7 @@ class Stopwatch:
             start, end = self._events[0]
             if wait:
                 end.synchronize()
-            elif not end.query():
+            elif not end.query():  # type: ignore[no-untyped-call]
                 return
             self._seconds += start.elapsed_time(end) / 1e3
             self._events.popleft()

@@ -272,6 +272,6 @@ def _check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if owner.setdefault(p, i) != i:
                 raise ConfigurationError(
-                    f"A parameter of shape {tuple(p.shape)} is stepped by optimizers {owner[p]} and {i}: its change has "
-                    "no single learning rate. Give each parameter to one optimizer."
+                    f"A parameter of shape {tuple(p.shape)} is stepped by optimizers {owner[p]} and {i}: its change "
+                    "has no single learning rate. Give each parameter to one optimizer."
                 )

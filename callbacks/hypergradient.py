@@ -115,16 +115,17 @@ class HyperGradient(pl.Callback):
         if self._run is not None:
             self._run.batch_started()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take the hypergradient of a step that was tracked in this batch."""
         if self._run is None:
             return
         self._run.batch_ended()
         if self._run.is_due:
             update = self._run.update()
-            if self._run.steps - self._logged_at >= trainer.log_every_n_steps or not self._logged_at:
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if self._run.steps - self._logged_at >= every or not self._logged_at:
                 self._logged_at = self._run.steps
-                self._write(trainer, update)
+                self._write(trainer, pl_module, update)
 
     def on_train_end(self, *_: Any) -> None:
         """Say what was learned and what it cost."""
@@ -153,12 +154,12 @@ class HyperGradient(pl.Callback):
         if self._run is not None:
             self._run.detach()
 
-    def _write(self, trainer: pl.Trainer, update: Update) -> None:
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, update: Update) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(update.scalars(), step=update.step)
         rates = [label for label in update.values if label.partition("/")[0] == "lr"]
         if rates and trainer.progress_bar_callback is not None:
-            self.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+            module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
 
 
 def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -105,7 +105,7 @@ def _scalar(loss: object, name: str) -> torch.Tensor:
         raise NotDifferentiableError(f"`{name}` must return a scalar tensor, but got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise NotDifferentiableError(
-            f"`{name}` must return a scalar tensor, but got shape {tuple(loss.shape)}: reduce it, for instance by mean()."
+            f"`{name}` must return a scalar tensor, but got shape {tuple(loss.shape)}: reduce it, say by mean()."
         )
     if not loss.requires_grad:
         raise NotDifferentiableError(

@@ -70,7 +70,7 @@ class RngState:
     @classmethod
     def capture(cls) -> RngState:
         """The streams as they stand; CUDA only once it is in use, which capturing must not start."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
         return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
@@ -86,7 +86,7 @@ class RngState:
         """Start every stream from one seed."""
         # torch.manual_seed would also queue a seed for a CUDA context that does not exist yet.
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
+        if _cuda_in_use():
             torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -224,6 +224,10 @@ class _Recorder:
             self._copies[id(value)] = value.clone()
             self._alive.append(value)
         return self._copies[id(value)]
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _undo_dict(mapping: dict[Any, Any]) -> _Undo:

@@ -65,9 +65,7 @@ class Tuner:
         self._offsets: dict[str, float] = {}
         self._signals: dict[str, SignalToNoise] = {}
 
-    def values(
-        self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]
-    ) -> dict[str, float]:
+    def values(self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]) -> dict[str, float]:
         """The values that a step should use, by key, for one param group in which the scheduled values stand.
 
         Args:

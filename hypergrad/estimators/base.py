@@ -54,9 +54,7 @@ class Estimator(ABC):
     """A way to compute hypergradients: settings only, so that one object can serve many optimizers and runs."""
 
     @abstractmethod
-    def track(
-        self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]
-    ) -> Tracker:
+    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
         """Start to follow an optimizer.
 
         Raises:

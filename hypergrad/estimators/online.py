@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,24 +35,27 @@ class Online(Estimator):
 
     closed_forms: bool = True
 
-    def track(
-        self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]
-    ) -> Tracker:
+    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly."""
         verify(optimizer, hyperparameters)
         return _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
 
 
-# d(parameters)/d(value) of one group, flat, given the group's parameters after the step.
-_Tangent = Callable[[torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class _Tangent:
+    """d(parameters)/d(value) of one param group: `scale` times a flat vector, or times the step itself."""
+
+    vector: torch.Tensor | None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class _GroupStep:
-    """What one tracked step leaves behind for one param group."""
+    """What one tracked step leaves behind for one param group. `before`: its parameters then, flat, if needed."""
 
     params: list[torch.Tensor]
-    tangents: dict[str, _Tangent]
+    tangents: dict[str, _Tangent] = field(default_factory=dict)
+    before: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _OnlineTracker(Tracker):
@@ -73,17 +76,11 @@ class _OnlineTracker(Tracker):
 
     def before_step(self) -> None:
         groups = self._optimizer.param_groups
-        self._groups = [_GroupStep(stepped_params(group), {}) for group in groups]
+        self._groups = [self._closed_forms_of(group) for group in groups]
         for hyperparameter in self._hyperparameters:
-            general: list[int] = []
-            for index, (group, step) in enumerate(zip(groups, self._groups, strict=True)):
-                closed = self._closed_form(group, step, hyperparameter) if self._closed_forms else None
-                if closed is not None:
-                    step.tangents[hyperparameter.name] = closed
-                elif step.params:
-                    general.append(index)
-            if general:
-                self._differentiate(hyperparameter, general)
+            rest = [i for i, g in enumerate(self._groups) if g.params and hyperparameter.name not in g.tangents]
+            if rest:
+                self._differentiate(hyperparameter, rest)
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._groups:
@@ -103,26 +100,26 @@ class _OnlineTracker(Tracker):
             zero = torch.zeros((), device=self._device())
             return {h.name: (zero, zero, zero) for h in self._hyperparameters}
         gradient = _flat([gradients[p] for p in step.params])
-        after = _flat(step.params)
         result = {}
-        for name, tangent_at in step.tangents.items():
-            tangent = tangent_at(after)
-            result[name] = (gradient @ tangent, tangent.norm(), gradient.norm())
+        for name, tangent in step.tangents.items():
+            vector = tangent.vector if tangent.vector is not None else _flat(step.params) - step.before
+            result[name] = (gradient @ vector * tangent.scale, vector.norm() * abs(tangent.scale), gradient.norm())
         return result
 
-    def _closed_form(
-        self, group: ParamGroup, step: _GroupStep, hyperparameter: OptimizerHyperparameter
-    ) -> _Tangent | None:
-        if not step.params or isinstance(group.get("lr"), torch.Tensor):
-            return None
-        lr = group.get("lr", 0.0)
-        if hyperparameter.name == "lr" and lr_from_difference(self._optimizer, group, lr):
-            before = _flat(step.params)
-            return lambda after: (after - before) / lr
-        if hyperparameter.name == "weight_decay" and decay_is_decoupled(self._optimizer, group):
-            before = _flat(step.params)
-            return lambda after: before * -lr
-        return None
+    def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:
+        params, lr = stepped_params(group), group.get("lr")
+        if not self._closed_forms or not params or not isinstance(lr, (int, float)):
+            return _GroupStep(params)
+        names = {h.name for h in self._hyperparameters}
+        by_difference = "lr" in names and lr_from_difference(self._optimizer, group, lr)
+        by_decay = "weight_decay" in names and decay_is_decoupled(self._optimizer, group)
+        before = _flat(params) if by_difference or by_decay else torch.empty(0)
+        tangents = {}
+        if by_difference:
+            tangents["lr"] = _Tangent(None, 1.0 / lr)
+        if by_decay:
+            tangents["weight_decay"] = _Tangent(before, -lr)
+        return _GroupStep(params, tangents, before)
 
     def _differentiate(self, hyperparameter: OptimizerHyperparameter, groups: list[int]) -> None:
         # Groups do not influence each other within a step: one direction serves them all.
@@ -131,7 +128,7 @@ class _OnlineTracker(Tracker):
         for index in groups:
             params = self._groups[index].params
             flat = _flat([moved[p] if p in moved else torch.zeros_like(p) for p in params])
-            self._groups[index].tangents[hyperparameter.name] = lambda after, flat=flat: flat  # type: ignore[misc]
+            self._groups[index].tangents[hyperparameter.name] = _Tangent(flat)
 
     def _device(self) -> torch.device:
         device: torch.device = self._optimizer.param_groups[0]["params"][0].device

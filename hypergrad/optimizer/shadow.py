@@ -36,7 +36,7 @@ def shadow(
         if name not in vars(twin) and name != "step":  # LR schedulers patch `step` on the instance
             setattr(twin, name, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
     twin.param_groups = param_groups
-    twin.state = defaultdict(dict, state)  # type: ignore[arg-type]
+    twin.state = defaultdict(dict, state)
     return twin
 
 

@@ -114,7 +114,9 @@ class _Problem:
         try:
             return differentiate_step(self._twin, direction).params
         except UnsupportedOptimizerError as error:
-            raise UnsupportedOptimizerError(f"{error} Leave {hyperparameter.name!r} out and learn the others.") from error
+            raise UnsupportedOptimizerError(
+                f"{error} Leave {hyperparameter.name!r} out and learn the others."
+            ) from error
         except Exception as error:  # whatever a foreign step() raises when it meets tensors that it did not expect
             raise UnsupportedOptimizerError(
                 f"The step of {where} cannot be differentiated with respect to {hyperparameter.name!r}: "
