@@ -58,7 +58,7 @@ class Cell:
         return self.optimizer.__name__ + "".join(f" {k}={v}" for k, v in self.settings.items())
 
 
-O = torch.optim  # noqa: E741
+O = torch.optim
 _ADAM = ("lr", "weight_decay", "betas[0]", "betas[1]", "eps")
 _SGD = ("lr", "weight_decay", "momentum", "dampening")
 _IGNORED, _LOST = HyperparameterError, UnsupportedOptimizerError
@@ -91,9 +91,7 @@ CELLS = [
         {"initial_accumulator_value": _IGNORED},
     ),
     Cell(O.NAdam, {"lr": 0.1, "weight_decay": 0.1}, (*_ADAM, "momentum_decay")),
-    Cell(
-        O.NAdam, {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}, (*_ADAM, "momentum_decay")
-    ),
+    Cell(O.NAdam, {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}, (*_ADAM, "momentum_decay")),
     Cell(O.RAdam, {"lr": 0.1, "weight_decay": 0.1}, _ADAM),
     Cell(O.RAdam, {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}, _ADAM),
     Cell(O.Adamax, {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01, "betas": (0.9, 0.5)}, _ADAM, difference=1e-4),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hypergrad import HypergradError, Online, OptimizerHyperparameter, hypergradient, resolve
-from tests.hypergrad.cells import ACCEPTED, CELLS, REFUSED, Cell, Problem, ids
 from hypergrad.hyperparameter import available
+from tests.hypergrad.cells import ACCEPTED, CELLS, REFUSED, Cell, Problem, ids
 
 
 @pytest.mark.parametrize(("cell", "name"), ACCEPTED, ids=ids(ACCEPTED))
@@ -65,7 +65,7 @@ def test_closed_forms_in_float32_agree_from_the_smallest_lr_that_uses_them() -> 
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 64)
         x = torch.randn(32, 64)
-        loss = lambda m: m(x).square().mean()  # noqa: E731
+        loss = lambda m: m(x).square().mean()
         grads = [
             hypergradient(model, torch.optim.AdamW(model.parameters(), lr=lr), [loss], loss, ["lr"], Online(closed))
             .grads["lr"]
@@ -79,7 +79,7 @@ def test_below_that_lr_the_general_derivative_is_used() -> None:
     # At lr = 1e-9 a step in float32 mostly rounds to nothing: (theta' - theta) / lr would be 0 or garbage.
     model = torch.nn.Linear(64, 64)
     x = torch.randn(32, 64)
-    loss = lambda m: m(x).square().mean()  # noqa: E731
+    loss = lambda m: m(x).square().mean()
     single = hypergradient(model, torch.optim.AdamW(model.parameters(), lr=1e-9), [loss], loss, ["lr"]).grads["lr"]
     model.double()
     x = x.double()
@@ -103,7 +103,7 @@ def test_half_precision_parameters() -> None:
 def test_a_scalar_parameter_and_one_without_a_gradient(double: None) -> None:
     scale, unused = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.ones(3))
     model = torch.nn.ParameterList([scale, unused])
-    loss = lambda m: (m[0] - 2.0).square()  # noqa: E731
+    loss = lambda m: (m[0] - 2.0).square()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = hypergradient(model, optimizer, [loss], loss, ["lr"])
     # theta' = theta - lr * 2 (theta - 2) = 0.8;  dL/dlr = 2 (theta' - 2) * -2 (theta - 2) = -7.2
@@ -114,7 +114,7 @@ def test_a_group_that_did_not_move_has_zeros(double: None) -> None:
     used, idle = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     model = torch.nn.ModuleList([used, idle])
     optimizer = torch.optim.Adam([{"params": idle.parameters()}, {"params": used.parameters()}], lr=0.1)
-    loss = lambda m: m[0](torch.ones(1, 2)).square().sum()  # noqa: E731
+    loss = lambda m: m[0](torch.ones(1, 2)).square().sum()
     result = hypergradient(model, optimizer, [loss], loss, ["lr", "weight_decay"])
     assert result.grads["lr"][0] == 0.0
     assert result.grads["lr"][1] != 0.0
