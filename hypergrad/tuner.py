@@ -128,7 +128,8 @@ class Tuner:
         start = hyperparameter.start(measurement.scheduled)
         if start is None:
             return
-        target = _clamped(hyperparameter, start, measurement.value or start, offset + move)
+        current = hyperparameter.start(measurement.value) or start
+        target = _clamped(hyperparameter, start, current, offset + move)
         # Store what was reached, not what was asked for: no wind-up at a bound.
         coordinate = hyperparameter.coordinate
         self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
