@@ -1,31 +1,89 @@
-"""Descent along the cosine: the same step size for any model, loss scale and hyperparameter."""
+"""Descent that moves as far as the hypergradients agree with each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hypergrad.controllers.base import Controller, Reading
 
 
 class Descent(Controller):
-    """Moves each coordinate by `-rate * cosine`: bounded by `rate`, whatever the scale of the loss.
+    """Moves each coordinate by `-rate * g * |g|`, where g in [-1, 1] says how much recent readings agree.
 
-    The cosine is the hypergradient divided by both of its factors' norms. It is near 1 in size while the
-    hyperparameter is clearly wrong and shrinks to the noise when it is right.
+        g = m / sqrt(v),    m, v = exponential means of the cosine and of its square
+
+    bias-corrected as in Adam (Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 1). While a
+    hyperparameter is clearly wrong every reading has the same sign, g is near 1 and the value changes by a factor of
+    up to `exp(rate)` an update. Near the optimum readings are noise, g is around `sqrt((1 - memory) / 2)` and its
+    square lets the value drift only slowly. The cosine, and not the hypergradient, makes the step free of the scale
+    of loss, model and hyperparameter.
+
+    A move against the latest reading is not made: when a rising learning rate has just become too high, the mean
+    would still push it up for some updates, and the damage is not undone by lowering it afterwards.
 
     Args:
-        rate: the largest move per update, in units of the coordinate (0.1 in log lr is 10.5%). In (0, 1].
+        rate: the largest move per update, in units of the coordinate (0.5 in log lr is a factor of 1.65). In (0, 2].
+        memory: decay of the mean, in [0, 1); 0.8 averages about 5 updates.
+        scale_memory: decay of the mean square, in [0, 1); 0.99 averages about 100 updates.
 
-    >>> Descent(rate=0.1).moves([Reading("lr", slope=-2.0, cosine=-0.5)])
-    [0.05]
+    >>> descent = Descent(rate=0.5)
+    >>> descent.moves([Reading("lr", slope=-2.0, cosine=-0.3)])  # the first reading is all the evidence there is
+    [0.5]
+    >>> descent.moves([Reading("lr", slope=0.2, cosine=0.1)])  # the mean still says up, the latest reading down
+    [0.0]
     """
 
-    def __init__(self, rate: float = 0.1) -> None:
-        if not (math.isfinite(rate) and 0.0 < rate <= 1.0):
-            raise ValueError(f"`rate` must lie in (0, 1], but got {rate=}.")
+    def __init__(self, rate: float = 0.5, *, memory: float = 0.8, scale_memory: float = 0.99) -> None:
+        if not (math.isfinite(rate) and 0.0 < rate <= 2.0):
+            raise ValueError(f"`rate` must lie in (0, 2], but got {rate=}.")
+        for name, value in (("memory", memory), ("scale_memory", scale_memory)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1), but got {name}={value!r}.")
         self.rate = rate
+        self.memory = memory
+        self.scale_memory = scale_memory
+        self._moments: dict[str, _Moments] = {}
 
     def moves(self, readings: Sequence[Reading]) -> list[float]:
-        """`-rate * cosine` for each reading."""
-        return [-self.rate * reading.cosine for reading in readings]
+        """`-rate * g * |g|` for each reading, or 0 where the reading disagrees with g in sign."""
+        return [self._move(reading) for reading in readings]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments of every coordinate."""
+        return {key: asdict(moments) for key, moments in self._moments.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the controller that returned `state`."""
+        self._moments = {key: _Moments(**moments) for key, moments in state.items()}
+
+    def _move(self, reading: Reading) -> float:
+        moments = self._moments.setdefault(reading.key, _Moments())
+        moments.add(reading.cosine, self.memory, self.scale_memory)
+        agreement = moments.agreement(self.memory, self.scale_memory)
+        if agreement * reading.cosine <= 0.0:
+            return 0.0
+        return -self.rate * agreement * abs(agreement)
+
+
+@dataclass
+class _Moments:
+    """Exponential means of a reading's cosine and of its square, not yet bias-corrected."""
+
+    mean: float = 0.0
+    square: float = 0.0
+    count: int = 0
+
+    def add(self, value: float, memory: float, scale_memory: float) -> None:
+        self.mean = memory * self.mean + (1.0 - memory) * value
+        self.square = scale_memory * self.square + (1.0 - scale_memory) * value * value
+        self.count += 1
+
+    def agreement(self, memory: float, scale_memory: float) -> float:
+        mean = self.mean / (1.0 - memory**self.count)
+        square = self.square / (1.0 - scale_memory**self.count)
+        if square <= 0.0:
+            return 0.0
+        return max(-1.0, min(1.0, mean / math.sqrt(square)))

@@ -1,0 +1,95 @@
+"""Small Lightning modules and a Trainer for the callback's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torchmetrics
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def data(n: int = 96, batch_size: int = 16, *, seed: int = 0, shuffle: bool = False) -> DataLoader[Any]:
+    """A learnable 3-class problem with n items."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator)
+    y = (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+    order = torch.Generator().manual_seed(seed + 1)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle, generator=order if shuffle else None)
+
+
+class Net(pl.LightningModule):
+    """The ordinary module: a linear classifier with a hidden layer."""
+
+    def __init__(self, optimizer: str = "AdamW", **settings: Any) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        self.optimizer, self.settings = optimizer, {"lr": 0.01, **settings}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        return getattr(torch.optim, self.optimizer)(self.parameters(), **self.settings)
+
+
+class Stateful(Net):
+    """Everything that an extra evaluation could disturb: BatchNorm, Dropout, metrics, lists, random draws."""
+
+    def __init__(self, optimizer: str = "AdamW", **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(5, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Dropout(0.3),
+            torch.nn.Tanh(),
+            torch.nn.Linear(8, 3),
+        )
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(3)
+        self.others = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassF1Score(3)])
+        self.outputs: list[torch.Tensor] = []
+        self.calls = 0
+        self.log_lines: list[str] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = self.net(x + 0.1 * torch.randn_like(x))
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.others.update(logits, y)
+        self.outputs.append(loss.detach())
+        self.calls += 1
+        self.log("val_loss", loss)
+        self.log("val_accuracy", self.accuracy)
+        self.log_dict(self.others)
+        if self.logger is not None:
+            self.logger.experiment.add_scalar("mine", self.calls, self.calls)
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_outputs", torch.stack(self.outputs).sum())
+        self.log("val_calls", float(self.calls))
+        self.outputs.clear()
+
+
+def trainer(tmp: Any = None, **kwargs: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 3,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(default_root_dir=tmp, **{**settings, **kwargs})

@@ -1,0 +1,81 @@
+"""Controllers are pure objects: lists of floats in, lists of floats out."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from hypergrad import Descent, Hold, Reading
+
+
+def _drive(descent: Descent, cosines: list[float]) -> list[float]:
+    return [descent.moves([Reading("lr", slope=1.0, cosine=c)])[0] for c in cosines]
+
+
+def test_hold_never_moves() -> None:
+    assert Hold().moves([Reading("a", 1.0, 1.0), Reading("b", -1.0, -1.0)]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.9])
+def test_agreeing_readings_move_at_full_rate_whatever_their_size(size: float) -> None:
+    assert _drive(Descent(rate=0.3), [-size] * 20) == pytest.approx([0.3] * 20)
+    assert _drive(Descent(rate=0.3), [size] * 20) == pytest.approx([-0.3] * 20)
+
+
+def test_noise_moves_an_order_of_magnitude_less_than_signal() -> None:
+    noise = random.Random(0)
+    moves = _drive(Descent(rate=0.5), [noise.gauss(0.0, 0.1) for _ in range(2000)])[100:]
+    assert sum(map(abs, moves)) / len(moves) < 0.05
+    assert abs(sum(moves)) / len(moves) < 0.01
+
+
+def test_a_bias_in_the_noise_is_followed() -> None:
+    noise = random.Random(0)
+    moves = _drive(Descent(), [0.05 + noise.gauss(0.0, 0.1) for _ in range(1000)])
+    assert sum(moves) < -20.0
+
+
+def test_never_against_the_latest_reading_and_never_beyond_the_rate() -> None:
+    noise = random.Random(0)
+    cosines = [noise.uniform(-1.0, 1.0) * 10 ** noise.uniform(-8, 0) for _ in range(1000)]
+    for cosine, move in zip(cosines, _drive(Descent(rate=0.7), cosines), strict=True):
+        assert move * cosine <= 0.0
+        assert abs(move) <= 0.7
+
+
+def test_zero_readings_are_harmless() -> None:
+    assert _drive(Descent(), [0.0, 0.0, 0.0]) == [0.0, 0.0, 0.0]
+
+
+def test_coordinates_are_independent() -> None:
+    together, alone = Descent(), Descent()
+    for i in range(10):
+        moves = together.moves([Reading("a", 1.0, math.sin(i)), Reading("b", 1.0, 0.5)])
+        assert moves[0] == alone.moves([Reading("a", 1.0, math.sin(i))])[0]
+
+
+def test_state_dict_continues_exactly_and_does_not_share_memory() -> None:
+    cosines = [math.sin(3 * i) for i in range(30)]
+    whole = _drive(Descent(), cosines)
+    first, second = Descent(), Descent()
+    start = _drive(first, cosines[:13])
+    state = first.state_dict()
+    _drive(first, cosines)
+    second.load_state_dict(state)
+    assert start + _drive(second, cosines[13:]) == whole
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, 2.1, math.nan, math.inf])
+def test_bad_rates_are_named(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"`rate` must lie in \(0, 2\], but got rate="):
+        Descent(rate)
+
+
+@pytest.mark.parametrize("memory", [-0.1, 1.0, math.nan])
+def test_bad_memories_are_named(memory: float) -> None:
+    with pytest.raises(ValueError, match="`memory` must lie"):
+        Descent(memory=memory)
+    with pytest.raises(ValueError, match="`scale_memory` must lie"):
+        Descent(scale_memory=memory)
