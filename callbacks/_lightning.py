@@ -27,6 +27,8 @@ def validation_loaders(trainer: pl.Trainer) -> list[Iterable[Any]]:
     Uses `trainer.fit_loop.epoch_loop.val_loop.setup_data()`, which the validation loop itself calls first and which
     does nothing the second time: `trainer.val_dataloaders` is None until then.
     """
+    if not trainer.enable_validation:
+        return []
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()
     loaders = trainer.val_dataloaders

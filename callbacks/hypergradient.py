@@ -173,5 +173,5 @@ def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"{type(trainer.strategy).__name__} shards or replaces the parameters, where hypergradients are not "
             "available yet: use one device or strategy='ddp'."
         )
-    if not trainer.optimizers:
+    if not any(group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups):
         raise ConfigurationError(f"{type(module).__name__}.configure_optimizers returned no optimizer to tune.")

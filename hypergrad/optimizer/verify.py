@@ -155,8 +155,8 @@ def _detached(group: ParamGroup) -> ParamGroup:
 def _plain(group: ParamGroup) -> dict[str, Any]:
     """Settings of the ordinary, not differentiable path: the reference is the step that users take."""
     plain: dict[str, Any] = {"differentiable": False} if "differentiable" in group else {}
-    if isinstance(group.get("lr"), torch.Tensor):
-        plain["lr"] = float(group["lr"])
+    if "lr" in group:
+        plain["lr"] = float(group["lr"]) or 0.1  # a warm-up that starts at 0 would hide every other hyperparameter
     return plain
 
 

@@ -1,0 +1,159 @@
+"""Whatever a user gets wrong is said at construction or at the start of fit, with the value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from hypergrad import (
+    ConfigurationError,
+    HypergradError,
+    HyperparameterError,
+    NotDifferentiableError,
+    UnsupportedOptimizerError,
+)
+from hypergrad.callbacks import HyperGradient
+from tests.callbacks.modules import Net, data, trainer
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "5"])
+def test_every_n_steps(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"at least 1, but got {value!r}"):
+        HyperGradient(every_n_steps=value)
+
+
+def test_mode_and_loaders() -> None:
+    with pytest.raises(ConfigurationError, match="'min' or 'max', but got 'minimum'"):
+        HyperGradient(mode="minimum")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="one DataLoader, but got a list"):
+        HyperGradient(val_dataloaders=[data()])
+
+
+class Two(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+
+class NoOptimizer(Net):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class Silent(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("accuracy", 0.5)
+
+
+class Detached(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val_loss", self.loss(batch).detach())
+
+
+class Float(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val_loss", self.loss(batch).item())
+
+
+class NoGrad(Net):
+    @torch.no_grad()
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+
+class Vector(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"val_loss": self.net(batch[0]).sum(1)}
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "error", "match"),
+    [
+        (Net(), {"hyperparameters": ("learning_rate",)}, HyperparameterError, "offers lr, betas"),
+        (Net(), {"hyperparameters": ()}, HyperparameterError, "Name at least one"),
+        (Net("SGD"), {"hyperparameters": ("momentum",)}, HyperparameterError, "does not depend on 'momentum'"),
+        (Net("LBFGS"), {"hyperparameters": ("lr",)}, UnsupportedOptimizerError, "LBFGS cannot.*use SGD, Adam"),
+        (Net("SparseAdam"), {"hyperparameters": ("lr",)}, UnsupportedOptimizerError, "sparse=False"),
+        (Two(), {"hyperparameters": ("lr",)}, ConfigurationError, r"shape \(8, 5\) is stepped by optimizers 0 and 1"),
+        (Silent(), {}, NotDifferentiableError, r"neither logs 'val_loss' nor returns a loss \(it logs 'accuracy'\)"),
+        (Net(), {"monitor": "loss/val"}, NotDifferentiableError, r"logs 'loss/val'.*it logs 'val_loss'"),
+        (Detached(), {}, NotDifferentiableError, "has no gradient: Detached.validation_step detaches it"),
+        (Float(), {}, NotDifferentiableError, r"is a float.*self.log\('val_loss', loss\)"),
+        (NoGrad(), {}, NotDifferentiableError, "has no gradient"),
+        (Vector(), {}, NotDifferentiableError, r"has shape \(16,\)"),
+        (Net(), {"val_dataloaders": DataLoader(TensorDataset(torch.zeros(0, 5)))}, ConfigurationError, "has no batch"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, pl.LightningModule) else None,
+)
+def test_at_the_start_of_fit(
+    tmp_path: Path, module: Net, settings: dict[str, Any], error: type[HypergradError], match: str
+) -> None:
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    fitted = trainer(tmp_path, callbacks=[HyperGradient(**{"val_dataloaders": data(seed=2), **settings})])
+    if isinstance(module, Two):
+        module.automatic_optimization = False
+    with pytest.raises(error, match=match):
+        fitted.fit(module, data(), data(seed=1))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert fitted.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
+def test_no_validation_data_and_no_validation_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no validation data.*val_dataloaders="):
+        trainer(tmp_path, callbacks=[HyperGradient()]).fit(Net(), data())
+
+    class TrainsOnly(pl.LightningModule):
+        training_step, configure_optimizers, loss = Net.training_step, Net.configure_optimizers, Net.loss
+        optimizer, settings = "SGD", {"lr": 0.1}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(5, 3)
+
+    with pytest.raises(ConfigurationError, match="TrainsOnly has no validation_step"):
+        trainer(tmp_path, callbacks=[HyperGradient(val_dataloaders=data())]).fit(TrainsOnly(), data())
+
+
+def test_several_loaders_need_a_choice(tmp_path: Path) -> None:
+    fitted = trainer(tmp_path, callbacks=[HyperGradient()], num_sanity_val_steps=0)
+    with pytest.raises(ConfigurationError, match=r"2 validation loaders.*val_loss/dataloader_idx_0"):
+        fitted.fit(Net(), data(), [data(), data()])
+
+
+def test_no_optimizer(tmp_path: Path) -> None:
+    fitted = trainer(tmp_path, callbacks=[HyperGradient(val_dataloaders=data())])
+    with pytest.warns(UserWarning, match="returned `None`"), pytest.raises(ConfigurationError, match="NoOptimizer"):
+        fitted.fit(NoOptimizer(), data(), data())
+
+
+def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
+    class Sharded:
+        pass
+
+    fitted = trainer(tmp_path)
+    callback = HyperGradient()
+
+    class Stub:
+        strategy, optimizers = Sharded(), fitted.optimizers
+
+    with pytest.raises(ConfigurationError, match=r"Sharded shards or replaces.*strategy='ddp'"):
+        callback.on_train_start(Stub(), Net())  # type: ignore[arg-type]
+
+
+def test_the_monitored_number_is_no_longer_held_out_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer(tmp_path, callbacks=[HyperGradient()]).fit(Net(), data(), data(seed=1))
+        said = [r for r in caplog.records if "no longer held out" in r.message]
+        assert len(said) == 1
+        caplog.clear()
+        trainer(tmp_path, callbacks=[HyperGradient(val_dataloaders=data(seed=2))]).fit(Net(), data(), data(seed=1))
+        assert not any("held out" in r.message for r in caplog.records)

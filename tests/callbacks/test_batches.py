@@ -1,0 +1,89 @@
+"""The stream of hyper-validation batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, TensorDataset
+
+from hypergrad import ConfigurationError
+from hypergrad.callbacks._batches import BatchStream
+
+ITEMS = TensorDataset(torch.arange(10.0))
+
+
+def _values(stream: BatchStream, n: int) -> list[list[float]]:
+    return [stream.next()[0].tolist() for _ in range(n)]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([(torch.tensor(float(i)),) for i in range(6)])
+
+
+def _loaders() -> dict[str, Any]:
+    return {
+        "in order": DataLoader(ITEMS, batch_size=3),
+        "shuffled": DataLoader(ITEMS, batch_size=3, shuffle=True),
+        "own generator": DataLoader(ITEMS, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(4)),
+        "weighted": DataLoader(ITEMS, batch_size=3, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 10, 10)),
+        "batch sampler": DataLoader(
+            ITEMS, batch_sampler=BatchSampler(RandomSampler(ITEMS, generator=torch.Generator()), 3, drop_last=False)
+        ),
+        "no batching": DataLoader(ITEMS, batch_size=None),
+        "iterable": DataLoader(Stream(), batch_size=2),
+        "list": [(torch.tensor([float(i)]),) for i in range(4)],
+        "workers": DataLoader(ITEMS, batch_size=3, num_workers=1, persistent_workers=True),
+    }
+
+
+@pytest.mark.parametrize("name", _loaders())
+def test_is_endless_reproducible_resumable_and_disturbs_nobody(name: str) -> None:
+    state = torch.get_rng_state()
+    n = 5 if name == "workers" else 13
+    whole = _values(BatchStream(_loaders()[name], seed=3), n)
+    again = BatchStream(_loaders()[name], seed=3)
+    assert _values(again, 4) == whole[:4]
+    resumed = BatchStream(_loaders()[name], seed=3)
+    resumed.load_state_dict(again.state_dict())
+    assert resumed.position == again.position
+    assert _values(resumed, n - 4) == whole[4:]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["own generator", "batch sampler"])
+def test_the_loaders_own_order_is_not_advanced(name: str) -> None:
+    used, untouched = (_loaders()[name] for _ in range(2))
+    _values(BatchStream(used, seed=0), 7)
+    if name == "batch sampler":  # a generator without a seed is still one stream
+        untouched.batch_sampler.sampler.generator.set_state(used.batch_sampler.sampler.generator.get_state())
+        torch.testing.assert_close(used.batch_sampler.sampler.generator.get_state(), torch.Generator().get_state())
+    assert [b[0].tolist() for b in used] == [b[0].tolist() for b in untouched]
+
+
+def test_data_in_order_is_shuffled_anew_in_every_epoch_without_short_batches() -> None:
+    values = _values(BatchStream(DataLoader(ITEMS, batch_size=3), seed=0), 6)
+    assert all(len(batch) == 3 for batch in values)
+    assert sorted(values[0] + values[1] + values[2]) != values[0] + values[1] + values[2]
+    assert values[:3] != values[3:]
+    assert len({v for batch in values[:3] for v in batch}) == 9
+
+
+def test_less_than_one_batch_is_used_as_it_is() -> None:
+    (batch,) = _values(BatchStream(DataLoader(Subset(ITEMS, [1, 2]), batch_size=8, drop_last=True), seed=0), 1)
+    assert sorted(batch) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("source", [[], DataLoader(Subset(ITEMS, [])), DataLoader(Subset(ITEMS, []), batch_size=None)])
+def test_no_batch_is_an_error(source: Any) -> None:
+    with pytest.raises(ConfigurationError, match="has no batch"):
+        BatchStream(source, seed=0).next()
+
+
+def test_an_iterator_that_can_be_read_once_says_so_when_it_runs_out() -> None:
+    stream = BatchStream(iter([(torch.zeros(1),)]), seed=0)
+    stream.next()
+    with pytest.raises(ConfigurationError, match="read only once"):
+        stream.next()

@@ -1,0 +1,124 @@
+"""A run resumed from any checkpoint continues bit-identically."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+from hypergrad.callbacks import HyperGradient
+from tests.callbacks.modules import Stateful, data, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
+
+
+class Resumable:
+    """A training loader that remembers its place, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self) -> None:
+        self.batches = list(data())
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning reads exactly `len` batches, so that this generator never gets to run past its last one.
+        for i in range(self.position % len(self), len(self)):
+            self.position = i + 1
+            yield self.batches[i]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Augmented(Dataset[Any]):
+    """Hyper-validation data with randomness of its own."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.full((5,), i / 24) + torch.rand(5), i % 3
+
+
+class Scheduled(Stateful):
+    """With a schedule, BatchNorm, Dropout and a random validation_step."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.net[0].parameters(), "weight_decay": 0.05}, {"params": self.net[4].parameters()}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Reseed(pl.Callback):
+    """Lightning does not save the global RNG streams; this stands in for users who do."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        torch.manual_seed(1000 + trainer.global_step)
+
+
+def _fit(tmp: Path, callback: HyperGradient, every: int, resume: str | None = None) -> tuple[Any, ModelCheckpoint]:
+    torch.manual_seed(0)
+    module = Scheduled()
+    saver = ModelCheckpoint(tmp, "{step}", save_top_k=-1, every_n_train_steps=every, monitor=None)
+    options = {"max_epochs": 4, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fitted = trainer(tmp, callbacks=[callback, saver, Reseed()], **options)
+    fitted.fit(module, Resumable(), data(seed=1), ckpt_path=resume, weights_only=True if resume else None)
+    return (module.state_dict(), fitted.optimizers[0].state_dict(), callback.hyperparameters, callback.history), saver
+
+
+@pytest.mark.parametrize("step", [3, 6, 7, 14, 20])
+@pytest.mark.parametrize("every_n_steps", [1, 5])
+def test_from_any_step(tmp_path: Path, step: int, every_n_steps: int) -> None:
+    def callback() -> HyperGradient:
+        return HyperGradient(val_dataloaders=DataLoader(Augmented(), batch_size=5), every_n_steps=every_n_steps)
+
+    whole, _ = _fit(tmp_path / "whole", callback(), every=step)
+    checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+    resumed, _ = _fit(tmp_path / "resumed", callback(), every=100, resume=str(checkpoint))
+    for a, b in zip(whole[:2], resumed[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert resumed[2] == whole[2]
+    assert resumed[3] == whole[3]
+    assert whole[3][-1].step == 24 - 24 % every_n_steps
+
+
+def test_state_is_plain_and_small(tmp_path: Path) -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _, saver = _fit(tmp_path, callback, every=20)
+    checkpoint = torch.load(tmp_path / "step=20.ckpt", weights_only=True)
+    (state,) = (s for name, s in checkpoint["callbacks"].items() if name.startswith("HyperGradient"))
+    assert state["run"]["history"]["table"].shape[0] == 20
+    assert saver.last_model_path == ""
+
+
+def test_loads_without_the_callback_and_with_other_hyperparameters(tmp_path: Path) -> None:
+    _fit(tmp_path, HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1), every=20)
+    path = str(tmp_path / "step=20.ckpt")
+    with pytest.warns(UserWarning, match=r"callbacks used to create the checkpoint.*HyperGradient"):
+        trainer(tmp_path, max_epochs=4).fit(Scheduled(), Resumable(), data(seed=1), ckpt_path=path)
+    fewer = HyperGradient(("lr",), val_dataloaders=data(seed=2), every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"written by HyperGradient\(hyperparameters=\('lr', 'weight_decay'\)\)"):
+        _fit(tmp_path / "fewer", fewer, every=100, resume=path)
+    assert set(fewer.hyperparameters) == {"lr/group_0", "lr/group_1"}
+
+
+def test_a_callback_added_on_resume_starts_afresh(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=12)
+    options = {"max_epochs": 4, "enable_checkpointing": True}
+    trainer(tmp_path, callbacks=[saver], **options).fit(Scheduled(), Resumable(), data(seed=1))
+    callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _fit(tmp_path / "added", callback, every=100, resume=str(tmp_path / "step=12.ckpt"))
+    assert len(callback.history) == 12
