@@ -95,6 +95,11 @@ class HyperGradient(pl.Callback):
         """One record per hypergradient: step, validation loss, values, hypergradients and how sure they are."""
         return self._run.history if self._run is not None else []
 
+    @property
+    def gradients(self) -> int:
+        """Validation gradients spent so far: the cost of the run beside its training gradients."""
+        return self._run.gradients if self._run is not None else 0
+
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
         return self._run.summary() if self._run is not None else "HyperGradient: not fitted yet"

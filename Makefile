@@ -1,0 +1,31 @@
+# Everything runs in .venv, made from pinned versions: needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test gpu benchmark clean
+
+demo: $(STAMP)  ## train once, come out tuned: digits, plain against tuned against a random search
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)  ## linters, types, import rules, doctests, README and the whole suite
+	$(BIN)/python -m pytest -q
+
+gpu: $(STAMP)  ## tests and benchmark that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python examples/benchmarks/overhead.py --device cuda
+
+benchmark: $(STAMP)  ## time of a tuned run against a plain one
+	$(BIN)/python examples/benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# torch first and at its pin: left to the resolver, it would be the newest build with all of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hypergrad needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep -E '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@

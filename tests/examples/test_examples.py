@@ -1,0 +1,50 @@
+"""Every example runs, is short, and says what it promises."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_is_under_100_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 100
+
+
+def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo with fewer trials and epochs: the same code, the same claim from the hopeless start."""
+    monkeypatch.chdir(tmp_path)
+    main: Any = runpy.run_path(str(EXAMPLES / "digits.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "EPOCHS", 20)
+    monkeypatch.setitem(main.__globals__, "TRIALS", 2)
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    losses = {line[:34].strip(): float(line[34:45]) for line in lines[1:7]}
+    assert losses["tuned-from-lr-1e-05"] < 0.2 < 2.0 < losses["plain-lr-1e-05"]
+    assert "tensorboard --logdir runs/digits" in lines[-1]
+    events = EventAccumulator(str(tmp_path / "runs/digits/tuned-from-lr-1e-05"))
+    events.Reload()
+    assert {"hypergradient/lr/value", "hypergradient/weight_decay/hypergradient", "test_loss"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+@pytest.mark.parametrize("name", ["overhead.py", "quality.py"])
+def test_benchmarks_run(name: str, tmp_path: Path) -> None:
+    options = {
+        "overhead.py": ["--rounds", "1", "--steps", "5"],
+        "quality.py": ["--seeds", "1", "--epochs", "1", "--trials", "1"],
+    }
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / name), *options[name]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 3
