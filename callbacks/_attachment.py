@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from hypergrad import Estimator, Measurement, OptimizerHyperparameter, Tracker, Tuner
+from hypergrad import Estimator, HyperparameterError, Measurement, OptimizerHyperparameter, Tracker, Tuner
 
 
 class Attachment:
     """Learned values in, tracked steps out, for one optimizer of the Trainer.
 
-    The learned values stand in `param_groups` only while a step runs: LR schedulers and checkpoints read and write
-    the scheduled ones.
+    The learned values stand in `param_groups` only while an update runs: user code, LR schedulers and checkpoints
+    read and write the scheduled ones.
 
     Args:
         index: position of the optimizer in `trainer.optimizers`.
-        every_n_steps: the step counted from 1 is tracked when it is a multiple of this.
+        every_n_steps: a step is tracked when this many have passed since the last measured one; where several steps
+            follow each other before `measured` is called, the last of them counts.
+        steps: optimizer steps taken before.
     """
 
     def __init__(
@@ -30,17 +32,23 @@ class Attachment:
         estimator: Estimator,
         tuner: Tuner,
         every_n_steps: int,
+        steps: int = 0,
     ) -> None:
         self.optimizer = optimizer
         self.hyperparameters = hyperparameters
         self.tracker: Tracker = estimator.track(optimizer, hyperparameters)
-        self.steps = 0
+        self.steps = steps
+        self.measured_at = steps - steps % every_n_steps
         self.pending = False
         self._index = index
         self._tuner = tuner
         self._every_n_steps = every_n_steps
+        self._layout: list[dict[str, OptimizerHyperparameter]] = []
         self._used: dict[str, tuple[float, float]] = {}
         self._scheduled: list[tuple[dict[str, Any], str, Any]] = []
+        for group in optimizer.param_groups:
+            for hyperparameter in hyperparameters:
+                _check_entry(group, hyperparameter)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -53,24 +61,27 @@ class Attachment:
             handle.remove()
         self._handles.clear()
 
-    def coordinates(self) -> Iterator[tuple[str, int, OptimizerHyperparameter]]:
-        """Every learned number as `(key, index of its param group, hyperparameter)`.
+    def layout(self) -> list[dict[str, OptimizerHyperparameter]]:
+        """What is learned in each param group, by key.
 
         A group with weight decay 0 beside one with a positive one is taken to be excluded on purpose, as biases and
-        norms are, and stays at 0.
+        norms are, and stays at 0. Decided when a group is first seen.
         """
         groups = self.optimizer.param_groups
-        for hyperparameter in self.hyperparameters:
-            excluded = [hyperparameter.floor is not None and hyperparameter.read(g) == 0.0 for g in groups]
-            for i in range(len(groups)):
-                if not excluded[i] or all(excluded):
-                    yield f"{self._index}/{hyperparameter.name}/{i}", i, hyperparameter
+        if len(self._layout) != len(groups):
+            self._layout = [{} for _ in groups]
+            for h in self.hyperparameters:
+                excluded = [h.floor is not None and h.read(group) == 0.0 for group in groups]
+                for i, mine in enumerate(self._layout):
+                    if not excluded[i] or all(excluded):
+                        mine[f"{self._index}/{h.name}/{i}"] = h
+        return self._layout
 
     def values(self) -> dict[str, float]:
         """The value that the next step would use, by key."""
         values: dict[str, float] = {}
-        for i, group in enumerate(self.optimizer.param_groups):
-            values.update(self._tuner.values(group, {k: h for k, at, h in self.coordinates() if at == i}))
+        for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
+            values.update(self._tuner.values(group, mine))
         return values
 
     def measurements(self, hypergradients: dict[str, list[float]], scales: dict[str, list[float]]) -> list[Measurement]:
@@ -78,61 +89,80 @@ class Attachment:
         return [
             Measurement(
                 key=key,
-                hyperparameter=hyperparameter,
+                hyperparameter=h,
                 scheduled=self._used[key][0],
                 value=self._used[key][1],
-                hypergradient=hypergradients[hyperparameter.name][i],
-                scale=scales[hyperparameter.name][i],
+                hypergradient=hypergradients[h.name][i],
+                scale=scales[h.name][i],
             )
-            for key, i, hyperparameter in self.coordinates()
-            if key in self._used and i < len(hypergradients[hyperparameter.name])
+            for i, mine in enumerate(self.layout())
+            for key, h in mine.items()
+            if key in self._used and i < len(hypergradients[h.name])
         ]
+
+    def measured(self) -> None:
+        """The tracked step has been measured: count to the next."""
+        self.pending = False
+        self.measured_at = self.steps
 
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._apply_learned()
-        if (self.steps + 1) % self._every_n_steps:
-            return None
         # With automatic optimization the gradient does not exist yet: the closure runs training_step and backward
-        # (and clips), and the update follows it immediately.
-        if args and callable(args[0]):
-            return (self._wrapped(args[0]), *args[1:]), kwargs
+        # (and clips), and the update follows it immediately. torch passes the optimizer itself as args[0].
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._wrapped(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._wrapped(kwargs["closure"])}
-        self._track()
+        self._before_update()
         return None
 
     def _wrapped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def then_track() -> Any:
+        def then_prepare() -> Any:
             result = closure()
-            self._track()
+            self._before_update()
             return result
 
-        return then_track
+        return then_prepare
 
-    def _track(self) -> None:
-        with torch.no_grad():
-            self.tracker.before_step()
+    def _before_update(self) -> None:
+        self._apply_learned()
+        if self.steps + 1 - self.measured_at >= self._every_n_steps:
+            with torch.no_grad():
+                self.tracker.before_step()
 
     def _after_step(self, *_: Any) -> None:
         self._restore_schedule()
         self.steps += 1
-        self.pending = self.steps % self._every_n_steps == 0 and len(self.tracker.params) > 0
+        due = self.steps - self.measured_at >= self._every_n_steps
+        if due:
+            with torch.no_grad():
+                self.tracker.after_step()
+        self.pending = due and len(self.tracker.params) > 0
 
     def _apply_learned(self) -> None:
+        self._restore_schedule()  # a step that raised, or a closure that was called twice
         self._used = {}
-        coordinates = list(self.coordinates())
-        for i, group in enumerate(self.optimizer.param_groups):
-            mine = {key: h for key, at, h in coordinates if at == i}
+        for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
             for key, value in self._tuner.values(group, mine).items():
-                scheduled = mine[key].read(group)
+                hyperparameter = mine[key]
+                scheduled = hyperparameter.read(group)
                 self._used[key] = (scheduled, value)
                 if value != scheduled:
-                    self._scheduled.append((group, mine[key].key, group[mine[key].key]))
-                    mine[key].write(group, value)
+                    self._scheduled.append((group, hyperparameter.key, group[hyperparameter.key]))
+                    hyperparameter.write(group, value)
 
     def _restore_schedule(self) -> None:
-        while self._scheduled:  # last written first: two entries of one tuple restore its oldest value last
+        while self._scheduled:  # last written first: of two entries of one tuple, the oldest value is restored last
             group, key, value = self._scheduled.pop()
             group[key] = value
+
+
+def _check_entry(group: dict[str, Any], hyperparameter: OptimizerHyperparameter) -> None:
+    entry = group[hyperparameter.key]
+    if isinstance(entry, torch.Tensor) and entry.device.type != "cpu":
+        raise HyperparameterError(
+            f"{hyperparameter.name!r} is a tensor on {entry.device}: reading it would make every training step wait "
+            "for the device. Give the optimizer a Python float."
+        )
+    hyperparameter.start(hyperparameter.read(group))

@@ -19,7 +19,8 @@ class BatchStream:
 
     A map-style DataLoader is never iterated itself, which would advance its sampler, its generator or its
     persistent workers: another one on the same dataset is. Where the original is in order or shuffled, the stream
-    reshuffles in every epoch; the order of any other sampler is kept. Other iterables are iterated as they are.
+    reshuffles in every epoch; the order of any other sampler is kept. Other iterables, and DataLoader classes with
+    an iteration of their own, are iterated as they are.
 
     Args:
         source: a DataLoader or any re-iterable of batches.
@@ -84,28 +85,29 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     """The same batches in the stream's own order, read by a loader of its own."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return source
+    if type(source).__iter__ is not DataLoader.__iter__:
+        return source
     kept = {name: getattr(source, name) for name in _KEPT}
     if source.num_workers:
         kept["prefetch_factor"] = source.prefetch_factor
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(source.sampler, (SequentialSampler, RandomSampler)) and _is_plain(source):
-        enough = source.batch_size is not None and len(source.dataset) >= source.batch_size  # type: ignore[arg-type]
-        return DataLoader(
-            source.dataset,
-            batch_size=source.batch_size,
-            shuffle=len(source) > 0,
-            drop_last=enough,  # a short last batch would be a noisier measurement than the others
-            generator=generator,
-            **kept,
-        )
-    order = source.batch_sampler if source.batch_sampler is not None else source.sampler
-    with preserved(order, opaque=(torch.utils.data.Dataset,)):
-        indices = list(order)
-    if source.batch_sampler is None:
-        return DataLoader(source.dataset, batch_size=None, sampler=indices, generator=generator, **kept)
-    return DataLoader(source.dataset, batch_sampler=indices, generator=generator, **kept)
+    kept["generator"] = torch.Generator().manual_seed(seed)
+    if _is_plain(source):
+        items, size = len(source.dataset), source.batch_size  # type: ignore[arg-type]
+        # A short last batch would be a noisier measurement than the others; torch refuses to shuffle nothing.
+        drop_last = size is not None and items >= size
+        return DataLoader(source.dataset, batch_size=size, shuffle=items > 0, drop_last=drop_last, **kept)
+    if source.batch_sampler is not None:
+        with preserved(source.batch_sampler):
+            batches = list(source.batch_sampler)
+        return DataLoader(source.dataset, batch_sampler=batches, **kept)
+    with preserved(source.sampler):
+        order = list(source.sampler)
+    return DataLoader(source.dataset, batch_size=None, sampler=order, **kept)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether batches are the sampler's items in chunks, so that a new order keeps their kind."""
-    return loader.batch_sampler is None or type(loader.batch_sampler) is torch.utils.data.BatchSampler
+    """Whether batches are chunks of the data in order or shuffled, so that a new order keeps their kind."""
+    if loader.batch_sampler is None:
+        return isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+    given_by_user = loader.batch_size is None
+    return not given_by_user and type(loader.sampler) in (SequentialSampler, RandomSampler)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -33,14 +34,20 @@ class Settings:
     hyperparameters: tuple[str | OptimizerHyperparameter, ...]
     estimator: Estimator
     monitor: str
-    sign: float
+    mode: Literal["min", "max"]
     val_dataloaders: Iterable[Any] | None
     every_n_steps: int
     controller: Controller
     seed: int
 
     @property
+    def sign(self) -> float:
+        """What turns the monitored value into an objective to be made smaller."""
+        return 1.0 if self.mode == "min" else -1.0
+
+    @property
     def names(self) -> list[str]:
+        """Names of the hyperparameters, in order."""
         return [h if isinstance(h, str) else h.name for h in self.hyperparameters]
 
 
@@ -60,15 +67,15 @@ class Run:
         self.first_values: dict[str, float] = {}
         self._trainer = trainer
         self._settings = settings
-        self._tuner = Tuner(settings.controller)
+        self._tuner = Tuner(copy.deepcopy(settings.controller))  # every run starts with a fresh one
         self._watch = Stopwatch(trainer.strategy.root_device)
         self._training_watch = Stopwatch(trainer.strategy.root_device)
         self._attachments: list[Attachment] = []
-        self._values: dict[str, float] = {}
+        self._final_values: dict[str, float] | None = None
         loader, index, several = _hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
-        self._loss = ValidationLoss(trainer, module, settings.monitor, index, several)
+        self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)
         try:
             self._attach(trainer.optimizers)
             self._try_validation_loss(loader)
@@ -79,16 +86,15 @@ class Run:
 
     def detach(self) -> None:
         """Take the hooks off the optimizers and put their scheduled values back. May be called twice."""
-        self._values = self.values
         for attachment in self._attachments:
             attachment.detach()
-        self._attachments = []
+        self._final_values = self.values
 
     @property
     def values(self) -> dict[str, float]:
         """The value that the next step uses, by label; the last ones once detached."""
-        if not self._attachments:
-            return dict(self._values)
+        if self._final_values is not None:
+            return dict(self._final_values)
         labels = self._labels()
         return {labels[key]: value for a in self._attachments for key, value in a.values().items()}
 
@@ -121,6 +127,7 @@ class Run:
             "hyperparameters": self._settings.names,
             "tuner": self._tuner.state_dict(),
             "optimizer_steps": [a.steps for a in self._attachments],
+            "measured_at": [a.measured_at for a in self._attachments],
             "stream": self._stream.state_dict(),
             "history": pack(self.history),
             "first_values": dict(self.first_values),
@@ -138,8 +145,9 @@ class Run:
                 "to what the optimizer says."
             )
         self._tuner.load_state_dict(state["tuner"])
-        for attachment, steps in zip(self._attachments, state["optimizer_steps"], strict=False):
-            attachment.steps = steps
+        progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
+        for attachment, steps, measured_at in progress:
+            attachment.steps, attachment.measured_at = steps, measured_at
         self._stream.load_state_dict(state["stream"])
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
@@ -164,10 +172,13 @@ class Run:
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         _check_disjoint(optimizers)
         settings = self._settings
+        steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
         for i, optimizer in enumerate(optimizers):
             hyperparameters = resolve(optimizer, settings.hyperparameters)
             self._attachments.append(
-                Attachment(i, optimizer, hyperparameters, settings.estimator, self._tuner, settings.every_n_steps)
+                Attachment(
+                    i, optimizer, hyperparameters, settings.estimator, self._tuner, settings.every_n_steps, steps
+                )
             )
 
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:
@@ -188,7 +199,7 @@ class Run:
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]
         for attachment in due:
-            attachment.pending = False
+            attachment.measured()
         numbers = iter(self._to_host(loss, contractions))
         value = next(numbers)
         measurements = []
@@ -232,13 +243,14 @@ class Run:
         labels = {}
         for i, attachment in enumerate(self._attachments):
             groups = attachment.optimizer.param_groups
-            for key, at, hyperparameter in attachment.coordinates():
-                parts = [hyperparameter.name]
-                if len(self._attachments) > 1:
-                    parts.append(f"optimizer_{i}")
-                if len(groups) > 1:
-                    parts.append(str(groups[at].get("name", f"group_{at}")))
-                labels[key] = "/".join(parts)
+            for at, mine in enumerate(attachment.layout()):
+                for key, hyperparameter in mine.items():
+                    parts = [hyperparameter.name]
+                    if len(self._attachments) > 1:
+                        parts.append(f"optimizer_{i}")
+                    if len(groups) > 1:
+                        parts.append(str(groups[at].get("name", f"group_{at}")))
+                    labels[key] = "/".join(parts)
         return labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class ValidationLoss:
 
     Args:
         monitor: the key under which the module logs its validation loss.
+        mode: `"min"` or `"max"`; a returned loss that was not logged can only be minimised.
         dataloader_idx: which of the Trainer's validation loaders the batches come from.
         several: whether there is more than one, so that `validation_step` takes an index.
     """
@@ -36,6 +38,7 @@ class ValidationLoss:
     trainer: pl.Trainer
     module: pl.LightningModule
     monitor: str
+    mode: str = "min"
     dataloader_idx: int = 0
     several: bool = False
 
@@ -54,8 +57,14 @@ class ValidationLoss:
                 with self.trainer.precision_plugin.val_step_context():
                     output = self.module.validation_step(*args)
                 loss = self._loss(logged, output)
-                gradients = torch.autograd.grad(loss, list(params), allow_unused=True, materialize_grads=True)
-        return loss.detach(), gradients
+                scale = self._scale()
+                gradients = torch.autograd.grad(scale * loss, list(params), allow_unused=True, materialize_grads=True)
+        return loss.detach(), gradients if scale == 1.0 else tuple(g / scale for g in gradients)
+
+    def _scale(self) -> float:
+        # In float16 the gradients that flow back through the activations would underflow to 0; float32 and bfloat16
+        # have the range. A power of two changes no digit.
+        return 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
 
     def _takes_dataloader_idx(self) -> bool:
         step = self.module.validation_step
@@ -87,18 +96,29 @@ class ValidationLoss:
             yield logged
 
     def _loss(self, logged: dict[str, Any], output: Any) -> torch.Tensor:
+        """The monitored value; what was returned stands in for it only where that is certain to be the same."""
         name = self.monitor.partition("/dataloader_idx_")[0]
         found = logged.get(self.monitor, logged.get(name))
-        candidates = [found, *_returned(output, name)]
-        for candidate in candidates:
-            if isinstance(candidate, torch.Tensor) and candidate.requires_grad:
-                if candidate.numel() != 1:
-                    raise NotDifferentiableError(
-                        f"The validation loss {self.monitor!r} has shape {tuple(candidate.shape)}: log or return a "
-                        "scalar, for instance its mean()."
-                    )
-                return candidate.reshape(())
-        raise NotDifferentiableError(self._diagnosis(found, logged, output))
+        if found is None and isinstance(output, dict):
+            found = output.get(name)
+        returned = output.get("loss") if isinstance(output, dict) else output
+        detached = not (isinstance(found, torch.Tensor) and found.requires_grad)
+        if detached and isinstance(returned, torch.Tensor) and returned.requires_grad:
+            if found is None and self.mode == "max":
+                raise NotDifferentiableError(
+                    f"{type(self.module).__name__}.validation_step returns a loss but does not log {self.monitor!r}, "
+                    f"and mode='max' would make the loss large: log what is to be large under {self.monitor!r}."
+                )
+            if found is None or _same_number(found, returned):
+                found = returned
+        if not isinstance(found, torch.Tensor) or not found.requires_grad:
+            raise NotDifferentiableError(self._diagnosis(found, logged, output))
+        if found.numel() != 1:
+            raise NotDifferentiableError(
+                f"The validation loss {self.monitor!r} has shape {tuple(found.shape)}: log or return a scalar, for "
+                "instance its mean()."
+            )
+        return found.reshape(())
 
     def _diagnosis(self, found: Any, logged: dict[str, Any], output: Any) -> str:
         name = type(self.module).__name__
@@ -108,7 +128,7 @@ class ValidationLoss:
                 f"{name}.validation_step neither logs {self.monitor!r} nor returns a loss (it logs {keys}). "
                 f"Call self.log({self.monitor!r}, loss) there, return the loss, or name the right key with `monitor=`."
             )
-        if isinstance(found, torch.Tensor) or isinstance(output, torch.Tensor):
+        if isinstance(found, torch.Tensor) or (found is None and isinstance(output, torch.Tensor)):
             return (
                 f"The validation loss {self.monitor!r} has no gradient: {name}.validation_step detaches it or computes "
                 "it under torch.no_grad(). Log or return the loss tensor itself, without .detach() or .item()."
@@ -116,13 +136,16 @@ class ValidationLoss:
         kind = type(found if found is not None else output).__name__
         return (
             f"The validation loss {self.monitor!r} is a {kind}, which cannot be differentiated. In "
-            f"{name}.validation_step log the loss tensor itself, self.log({self.monitor!r}, loss), or return it; "
-            "accuracies, metric objects and Python numbers can be logged beside it under other keys."
+            f"{name}.validation_step log the loss tensor itself, self.log({self.monitor!r}, loss), or monitor the key "
+            "under which it is logged; accuracies, metric objects and Python numbers can stand beside it."
         )
 
 
-def _returned(output: Any, name: str) -> list[Any]:
-    """What validation_step returned that may be its loss."""
-    if isinstance(output, dict):
-        return [output.get(name), output.get("loss")]
-    return [output]
+def _same_number(logged: Any, returned: torch.Tensor) -> bool:
+    """Whether a module logs `loss.item()` or `loss.detach()` and returns the loss itself."""
+    if isinstance(logged, torch.Tensor) and logged.numel() == 1:
+        logged = logged.item()
+    if not isinstance(logged, (int, float)) or returned.numel() != 1:
+        return False
+    value = returned.item()
+    return math.isclose(logged, value, rel_tol=1e-4, abs_tol=1e-7) or (math.isnan(logged) and math.isnan(value))

@@ -66,17 +66,16 @@ class HyperGradient(pl.Callback):
                 f"`val_dataloaders` must be one DataLoader, but got a {type(val_dataloaders).__name__}: join the "
                 "datasets with torch.utils.data.ConcatDataset, or pass the one that hyperparameters are tuned on."
             )
-        self.settings = Settings(
+        self._settings = Settings(
             hyperparameters=(hyperparameters,) if isinstance(hyperparameters, str) else tuple(hyperparameters),
             estimator=estimator if estimator is not None else Online(),
             monitor=monitor,
-            sign=1.0 if mode == "min" else -1.0,
+            mode=mode,
             val_dataloaders=val_dataloaders,
             every_n_steps=every_n_steps,
             controller=controller if controller is not None else Descent(),
             seed=seed,
         )
-        self._fresh_controller = self.settings.controller.state_dict()
         self._run: Run | None = None
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
@@ -107,8 +106,7 @@ class HyperGradient(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check everything that can be wrong, once, and attach to the optimizers."""
         _check_trainer(trainer, pl_module)
-        self.settings.controller.load_state_dict(self._fresh_controller)
-        self._run = Run(trainer, pl_module, self.settings)
+        self._run = Run(trainer, pl_module, self._settings)
         self._logged_at = 0
         if self._restored is not None:
             self._run.load_state_dict(self._restored["run"])
@@ -173,7 +171,8 @@ def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"{type(module).__name__} has no validation_step, so there is no validation loss to differentiate: define "
             "one that returns or logs it."
         )
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    # By exact class: DeepSpeedStrategy, which shards, is a DDPStrategy too.
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} shards or replaces the parameters, where hypergradients are not "
             "available yet: use one device or strategy='ddp'."

@@ -8,6 +8,8 @@ from typing import TypeVar, cast
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
+from hypergrad.errors import ConfigurationError
+
 ItemT = TypeVar("ItemT")
 
 
@@ -29,8 +31,8 @@ def split(
         seed: the same seed gives the same subsets, whatever the global RNG streams do.
 
     Raises:
-        ValueError: for fractions that are not positive or do not sum to 1, labels of another length, or a subset
-            that would be empty.
+        ConfigurationError: for fractions that are not positive or do not sum to 1, labels of another length, or a
+            subset that would be empty.
 
     >>> train, hyper, test = split(range(10), (0.6, 0.2, 0.2), stratify="aaaaabbbbb")
     >>> [len(part) for part in (train, hyper, test)]
@@ -39,19 +41,19 @@ def split(
     size = len(cast(Sized, dataset))
     shares = [float(f) for f in fractions]
     if not shares or any(not f > 0.0 for f in shares) or abs(sum(shares) - 1.0) > 1e-6:
-        raise ValueError(f"`fractions` must be positive and sum to 1, but got {tuple(fractions)}.")
+        raise ConfigurationError(f"`fractions` must be positive and sum to 1, but got {tuple(fractions)}.")
     labels = _codes(stratify, size)
     generator = np.random.default_rng(seed)
     order = generator.permutation(size)
     # Within its class, every item has a position in (0, 1), evenly spread; the subset follows from the position.
     order = order[np.argsort(labels[order], kind="stable")]
     edges = np.cumsum(shares)[:-1]
-    position = _even_positions(labels[order])
+    position = _even_positions(labels[order], generator)
     part = np.searchsorted(edges, position, side="right")
     subsets = [Subset(dataset, sorted(order[part == i].tolist())) for i in range(len(shares))]
     for share, subset in zip(shares, subsets, strict=True):
         if len(subset) == 0:
-            raise ValueError(f"A subset with share {share} of {size} items is empty: take a larger share.")
+            raise ConfigurationError(f"A subset with share {share} of {size} items is empty: take a larger share.")
     return subsets
 
 
@@ -60,16 +62,17 @@ def _codes(stratify: Iterable[object] | None, size: int) -> np.ndarray[tuple[int
         return np.zeros(size, dtype=np.int64)
     labels = [getattr(label, "item", lambda label=label: label)() for label in stratify]
     if len(labels) != size:
-        raise ValueError(f"`stratify` needs one label per item: {size}, but got {len(labels)}.")
+        raise ConfigurationError(f"`stratify` needs one label per item: {size}, but got {len(labels)}.")
     codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
     return np.array([codes[label] for label in labels], dtype=np.int64)
 
 
 def _even_positions(
-    sorted_labels: np.ndarray[tuple[int], np.dtype[np.int64]],
+    sorted_labels: np.ndarray[tuple[int], np.dtype[np.int64]], generator: np.random.Generator
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     classes, start, count = np.unique(sorted_labels, return_index=True, return_counts=True)
     within = np.arange(len(sorted_labels)) - np.repeat(start, count)
-    # Classes start at different places (golden ratio), so that small ones do not all favour the same subset.
-    offset = np.repeat((0.5 + classes * 0.6180339887498949) % 1.0, count)
+    # Classes start at evenly spread places (golden ratio), so that small ones do not all favour the same subset.
+    start_at = (generator.random() + generator.permutation(len(classes)) * 0.6180339887498949) % 1.0
+    offset = np.repeat(start_at, count)
     return np.asarray((within + offset) / np.repeat(count, count), dtype=np.float64)

@@ -85,6 +85,12 @@ def hypergradient(
             torch.autograd.backward(_scalar(loss(model), "train_losses"))
             tracker.before_step()
             raw_step(optimizer)
+            tracker.after_step()
+        if not tracker.params:
+            raise NotDifferentiableError(
+                "The last training loss gave no gradient to any parameter of the optimizer: does the optimizer hold "
+                "the parameters of this model, and do they require gradients?"
+            )
         value = _scalar(val_loss(model), "val_loss")
         gradients = torch.autograd.grad(value, list(tracker.params), allow_unused=True, materialize_grads=True)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))

@@ -43,12 +43,12 @@ class OptimizerHyperparameter:
         transform: the coordinate in which it moves. Default: logarithm, or logit for fractions (`momentum`,
             `betas[i]`, `alpha`, `rho`, `dampening`).
         lower, upper: learning never carries the value outside `[lower, upper]`; a start outside is kept and
-            may only move inwards.
+            may only move inwards. With a transform of your own, unbounded unless given.
         floor: where learning starts if the user's value is exactly 0, whose logarithm does not exist. Default:
             1e-5 for `weight_decay`, 0.01 for fractions; none for `lr`, which stays at a scheduled 0.
 
     Raises:
-        HyperparameterError: for a malformed name or an empty domain.
+        HyperparameterError: for a malformed name, an empty domain, or bounds outside that of the coordinate.
 
     >>> OptimizerHyperparameter("betas[0]").read({"betas": (0.9, 0.999)})
     0.9
@@ -67,14 +67,21 @@ class OptimizerHyperparameter:
                 f"A hyperparameter is named by its key in the optimizer's param groups, such as 'lr' or 'betas[0]', "
                 f"but got {self.name!r}."
             )
-        transform, lower, upper, floor = _DEFAULTS.get(match["key"], _FALLBACK)
-        for field, default in (("transform", transform), ("lower", lower), ("upper", upper), ("floor", floor)):
+        # The default domain belongs to the default coordinate.
+        defaults = _DEFAULTS.get(match["key"], _FALLBACK) if self.transform is None else (self.transform, *[None] * 3)
+        for field, default in zip(("transform", "lower", "upper", "floor"), defaults, strict=True):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)
         if not self.bounds[0] < self.bounds[1]:
             raise HyperparameterError(
                 f"`lower` must be below `upper`, but got lower={self.lower}, upper={self.upper} for {self.name!r}."
             )
+        for field, value in (("lower", self.lower), ("upper", self.upper), ("floor", self.floor)):
+            if value is not None and not self._is_inside(value):
+                raise HyperparameterError(
+                    f"`{field}` must lie inside the domain of {type(self.coordinate).__name__}, but got "
+                    f"{field}={value} for {self.name!r}."
+                )
 
     @property
     def key(self) -> str:
@@ -100,14 +107,26 @@ class OptimizerHyperparameter:
         )
 
     def start(self, scheduled: float) -> float | None:
-        """Where in the open domain learning starts from a scheduled value; None where it must stay as it is."""
-        if scheduled == 0.0:
+        """Where learning starts from a scheduled value: itself, or the floor at 0; None where it has to stay at 0.
+
+        Raises:
+            HyperparameterError: for a value other than 0 outside the domain of the coordinate.
+        """
+        if scheduled == 0.0 and not self._is_inside(0.0):
             return self.floor
+        if not self._is_inside(scheduled):
+            raise HyperparameterError(
+                f"{self.name}={scheduled:g} lies outside the domain of {type(self.coordinate).__name__}. Start from a "
+                f"value inside it, or name another: OptimizerHyperparameter({self.name!r}, transform=Identity(), "
+                "lower=..., upper=...)."
+            )
+        return scheduled
+
+    def _is_inside(self, value: float) -> bool:
         try:
-            finite = math.isfinite(self.coordinate.forward(scheduled))
+            return math.isfinite(self.coordinate.forward(value))
         except ValueError:
-            finite = False
-        return scheduled if finite else min(max(scheduled, self.bounds[0]), self.bounds[1])
+            return False
 
     def read(self, group: ParamGroup) -> float:
         """The value in one param group, as a Python float (a tensor entry is read to the host)."""

@@ -5,22 +5,22 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from enum import Enum
 from functools import lru_cache
 from logging import Logger
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-# Never entered: code, plain values, and data that an evaluation reads but does not own.
-_OPAQUE = (
-    *(str, bytes, int, float, complex, bool, type(None), type, ModuleType, Logger),
-    *(np.ndarray, torch.dtype, torch.device, Dataset, DataLoader, Sampler),
-)
-_Undo = Callable[[], None]
+# Plain values: nothing in them can change. Compared by exact type, which is what makes large containers cheap.
+_ATOMS = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+# Never entered: code, and data that an evaluation reads but does not own.
+_OPAQUE = (type, Enum, ModuleType, FunctionType, BuiltinFunctionType, MethodType, Logger, Dataset, DataLoader)
+_Undo = Callable[[], object]
 
 
 @contextmanager
@@ -28,8 +28,11 @@ def preserved(*roots: object, parameters: bool = False, opaque: tuple[type, ...]
     """Put back everything reachable from `roots` when the block ends, also when it raises.
 
     Within the block, tensors that are not parameters (buffers, metric states, optimizer state, tensors kept in
-    attributes, lists or dicts) are replaced by copies, so that in-place changes reach the copies only. Attributes,
-    lists, dicts, sets, deques, train/eval flags and random generators are recorded and put back.
+    attributes, lists, tuples or dicts) and NumPy arrays are replaced by copies, so that in-place changes reach the
+    copies only. Attributes, lists, dicts, sets, deques, train/eval flags and random generators are recorded and put
+    back, also those of ordinary objects and of the modules' own classes.
+
+    Not covered: what no attribute leads to, such as globals and variables that a closure holds; datasets.
 
     Args:
         roots: modules, optimizers or any Python objects with a `__dict__`.
@@ -38,16 +41,17 @@ def preserved(*roots: object, parameters: bool = False, opaque: tuple[type, ...]
         opaque: further types that are neither entered nor copied.
     """
     recorder = _Recorder(parameters=parameters, opaque=(*_OPAQUE, *opaque))
-    with ExitStack() as stack:
-        recorder.stack = stack
+    try:
         for root in roots:
             recorder.record(root)
         yield
+    finally:
+        recorder.undo()
 
 
 @contextmanager
 def preserved_rng(seed: int | None = None) -> Iterator[None]:
-    """Put the global RNG streams of torch (CPU and current accelerator), NumPy and Python back at the end.
+    """Put the global RNG streams of torch (CPU and the current CUDA device), NumPy and Python back at the end.
 
     Args:
         seed: start the block from this seed; None starts it from where the streams stand.
@@ -96,12 +100,12 @@ class RngStream:
     """A private set of RNG streams: code run inside `active()` draws from them and not from the global ones."""
 
     def __init__(self, seed: int) -> None:
-        self._depth = 0
+        self._active = False
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
         """Start the private streams anew; inside `active()` too."""
-        if self._depth:
+        if self._active:
             RngState.seed(seed)
             return
         with preserved_rng(seed):
@@ -109,47 +113,59 @@ class RngStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Swap the private streams in, and the global ones back at the end."""
+        """Swap the private streams in, and the global ones back at the end. Does not nest."""
         outer = RngState.capture()
         self._state.restore()
-        self._depth += 1
+        self._active = True
         try:
             yield
         finally:
-            self._depth -= 1
+            self._active = False
             self._state = RngState.capture()
             outer.restore()
 
 
 class _Recorder:
-    """Walks an object graph once, replacing tensors by copies and pushing one undo per changed place."""
+    """Walks an object graph once, replacing tensors and arrays by copies and noting how to undo every change."""
 
     def __init__(self, *, parameters: bool, opaque: tuple[type, ...]) -> None:
-        self.stack = ExitStack()
         self._parameters = parameters
         self._opaque = opaque
-        self._seen: set[int] = set()
-        self._copies: dict[int, torch.Tensor] = {}
-        self._alive: list[object] = []  # ids stay unique only while their objects live
+        self._undo: list[_Undo] = []
+        self._seen: dict[int, object] = {}  # also keeps objects alive, so that their ids stay their own
+        self._copies: dict[int, Any] = {}
+        self._training: list[tuple[torch.nn.Module, bool]] = []
 
-    def record(self, value: object) -> None:
+    def undo(self) -> None:
+        """Put everything back, what was recorded last first."""
+        for module, training in self._training:
+            module.training = training
+        while self._undo:
+            self._undo.pop()()
+
+    def record(self, value: Any) -> None:
         """Record whatever can change inside `value`, and everything below it."""
-        if isinstance(value, self._opaque) or id(value) in self._seen:
+        if type(value) in _ATOMS or id(value) in self._seen or isinstance(value, self._opaque):
             return
-        self._seen.add(id(value))
-        self._alive.append(value)
+        self._seen[id(value)] = value
         if isinstance(value, torch.Tensor):
             self._record_tensor(value)
         elif isinstance(value, torch.nn.Module):
             self._record_module(value)
         elif isinstance(value, dict):
             self._record_dict(value)
-        elif isinstance(value, (list, deque, set)):
+        elif isinstance(value, (list, deque)):
             self._record_sequence(value)
+        elif isinstance(value, set):
+            self._record_set(value)
         elif isinstance(value, tuple):
             for item in value:
                 self.record(item)
-        elif not self._record_generator(value) and not callable(value) and hasattr(value, "__dict__"):
+        elif (
+            not self._record_generator(value)
+            and hasattr(value, "__dict__")
+            and not _is_machinery(type(value).__module__)
+        ):
             self._record_dict(vars(value))
 
     def _record_tensor(self, tensor: torch.Tensor) -> None:
@@ -165,65 +181,120 @@ class _Recorder:
                     grad.copy_(saved_grad)
             tensor.grad = grad
 
-        self.stack.callback(undo)
+        self._undo.append(undo)
 
     def _record_module(self, module: torch.nn.Module) -> None:
         attributes = vars(module)
-        self.stack.callback(_undo_dict(attributes))
-        for name, value in list(attributes.items()):
-            if name not in _module_internals():
-                attributes[name] = self._substitute(value)
-        for name in ("_parameters", "_buffers", "_modules"):
-            if attributes[name]:
-                self._record_dict(attributes[name])
+        buffers, children = attributes["_buffers"], attributes["_modules"]
+        if type(module).__module__.startswith("torch.nn.modules.") and not _has_state(attributes):
+            # torch's own layers change nothing in an evaluation but buffers and, here, the train/eval flag.
+            self._training.append((module, module.training))
+        else:
+            self._undo.append(_undo_dict(attributes))
+            for name in attributes.keys() - _module_internals():
+                attributes[name] = self._substitute(attributes[name])
+            self._record_classes(type(module))
+        if buffers:
+            self._record_dict(buffers)
+        if children:
+            self._record_dict(children)
+        if self._parameters:
+            self.record(attributes["_parameters"])
+
+    def _record_classes(self, kind: type) -> None:
+        """Lists and dicts that a user's class keeps for all its instances, often by mistake."""
+        for klass in kind.__mro__:
+            if id(klass) in self._seen or klass.__module__.partition(".")[0] in _LIBRARIES:
+                continue
+            self._seen[id(klass)] = klass
+            for name, value in vars(klass).items():
+                if isinstance(value, (list, dict, set, deque)) and not name.startswith("__"):
+                    self.record(value)
 
     def _record_dict(self, mapping: dict[Any, Any]) -> None:
-        self.stack.callback(_undo_dict(mapping))
+        self._undo.append(_undo_dict(mapping))
         for key, value in list(mapping.items()):
-            self.record(key)
-            mapping[key] = self._substitute(value)
+            if type(key) not in _ATOMS:
+                self.record(key)
+            if type(value) not in _ATOMS:
+                mapping[key] = self._substitute(value)
 
-    def _record_sequence(self, values: list[Any] | deque[Any] | set[Any]) -> None:
+    def _record_sequence(self, values: list[Any] | deque[Any]) -> None:
         saved = list(values)
 
         def undo() -> None:
             values.clear()
-            (values.update if isinstance(values, set) else values.extend)(saved)
+            values.extend(saved)
 
-        self.stack.callback(undo)
-        if isinstance(values, set):
-            for item in saved:
-                self.record(item)
-            return
+        self._undo.append(undo)
         for i, item in enumerate(saved):
-            values[i] = self._substitute(item)
+            if type(item) not in _ATOMS:
+                values[i] = self._substitute(item)
+
+    def _record_set(self, values: set[Any]) -> None:
+        saved = set(values)
+
+        def undo() -> None:
+            values.clear()
+            values.update(saved)
+
+        self._undo.append(undo)
+        for item in saved:
+            self.record(item)
 
     def _record_generator(self, value: object) -> bool:
         if isinstance(value, torch.Generator):
-            self.stack.callback(value.set_state, value.get_state())
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
         elif isinstance(value, np.random.Generator):
-            bits, state = value.bit_generator, value.bit_generator.state
-            self.stack.callback(lambda: setattr(bits, "state", state))
+            bits, numpy_state = value.bit_generator, value.bit_generator.state
+            self._undo.append(lambda: setattr(bits, "state", numpy_state))
         elif isinstance(value, np.random.RandomState):
-            self.stack.callback(value.set_state, value.get_state())
+            legacy_state = value.get_state()
+            self._undo.append(lambda: value.set_state(legacy_state))
         elif isinstance(value, random.Random):
-            self.stack.callback(value.setstate, value.getstate())
+            python_state = value.getstate()
+            self._undo.append(lambda: value.setstate(python_state))
         else:
             return False
         return True
 
     def _substitute(self, value: Any) -> Any:
         """What stands in for `value` inside the block: a copy of a plain tensor, otherwise the value, recorded."""
+        if isinstance(value, np.ndarray):
+            return self._copy_of(value, value.copy)
+        if type(value) is tuple:
+            return tuple(self._substitute(item) for item in value)
         # Parameters stay themselves, so that gradients reach them; a tensor with a graph is a cached activation.
-        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or value.requires_grad:
-            self.record(value)
-            return value
+        if isinstance(value, torch.Tensor) and not (isinstance(value, torch.nn.Parameter) or value.requires_grad):
+            # A copy made here is an ordinary tensor, also where the original was made in inference mode (metric
+            # states after a Trainer's validation), which autograd would refuse.
+            return self._copy_of(value, value.clone)
+        self.record(value)
+        return value
+
+    def _copy_of(self, value: object, copy: Callable[[], Any]) -> Any:
         if id(value) not in self._copies:
-            # A copy made here is an ordinary tensor, also where the original was made in inference mode
-            # (metric states after a Trainer's validation), which autograd would refuse.
-            self._copies[id(value)] = value.clone()
-            self._alive.append(value)
+            self._seen[id(value)] = value
+            self._copies[id(value)] = copy()
         return self._copies[id(value)]
+
+
+# Libraries whose classes keep no state of a user's module.
+_LIBRARIES = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"})
+
+
+# Objects that do work of their own, in threads or outside the process: their insides are not ours to rewind.
+_MACHINERY = (
+    *("threading", "queue", "multiprocessing", "concurrent", "asyncio", "socket", "subprocess", "io", "_io", "ctypes"),
+    *("weakref", "tensorboard", "torch.utils.tensorboard", "torch.distributed", "torch.cuda", "torch.jit", "torch.fx"),
+    *("torch._dynamo", "torch._inductor", "torch._C"),
+)
+
+
+@lru_cache(maxsize=1024)
+def _is_machinery(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in _MACHINERY)
 
 
 def _cuda_in_use() -> bool:
@@ -238,6 +309,12 @@ def _undo_dict(mapping: dict[Any, Any]) -> _Undo:
         mapping.update(saved)
 
     return undo
+
+
+def _has_state(attributes: dict[str, Any]) -> bool:
+    """Whether one of torch's own layers carries more than settings, such as a tensor that somebody attached."""
+    internal = _module_internals()
+    return any(type(value) not in _ATOMS and name not in internal for name, value in attributes.items())
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypergrad.controllers.base import Controller, Reading
+from hypergrad.errors import ConfigurationError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
 from hypergrad.signal import SignalToNoise
 
@@ -94,7 +95,7 @@ class Tuner:
             self._signals.setdefault(reading.key, SignalToNoise()).add(reading.slope)
         for measurement, move in zip(measurements, self.controller.moves(readings), strict=True):
             if not math.isfinite(move):
-                raise ValueError(f"{type(self.controller).__name__} moved {measurement.key!r} by {move}.")
+                raise ConfigurationError(f"{type(self.controller).__name__} moved {measurement.key!r} by {move}.")
             if move != 0.0:
                 self._move(measurement, move)
         return Outcome(
@@ -124,14 +125,13 @@ class Tuner:
         return scheduled if start is None else _clamped(hyperparameter, start, start, offset)
 
     def _move(self, measurement: Measurement, move: float) -> None:
-        hyperparameter, offset = measurement.hyperparameter, self._offsets.get(measurement.key, 0.0)
-        start = hyperparameter.start(measurement.scheduled)
+        hyperparameter = measurement.hyperparameter
+        coordinate, start = hyperparameter.coordinate, hyperparameter.start(measurement.scheduled)
         if start is None:
             return
+        # From the value that was really used to the one that can be reached: no wind-up at a bound.
         current = hyperparameter.start(measurement.value) or start
-        target = _clamped(hyperparameter, start, current, offset + move)
-        # Store what was reached, not what was asked for: no wind-up at a bound.
-        coordinate = hyperparameter.coordinate
+        target = _clamped(hyperparameter, current, current, move)
         self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
 
     def _bound_decay(self, values: dict[str, float], keys: Mapping[str, str], group: ParamGroup) -> None:
@@ -153,7 +153,10 @@ def _clamped(hyperparameter: OptimizerHyperparameter, start: float, current: flo
     lower, upper = min(lower, current), max(upper, current)
     position = coordinate.forward(start) + offset
     # In the coordinate, where it cannot overflow: exp(800) would.
-    position = min(max(position, coordinate.forward(lower)), coordinate.forward(upper))
+    if math.isfinite(lower):
+        position = max(position, coordinate.forward(lower))
+    if math.isfinite(upper):
+        position = min(position, coordinate.forward(upper))
     return min(max(coordinate.inverse(position), lower), upper)
 
 

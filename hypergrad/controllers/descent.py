@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hypergrad.controllers.base import Controller, Reading
+from hypergrad.errors import ConfigurationError
 
 
 class Descent(Controller):
@@ -29,6 +30,9 @@ class Descent(Controller):
         memory: decay of the mean, in [0, 1); 0.8 averages about 5 updates.
         scale_memory: decay of the mean square, in [0, 1); 0.99 averages about 100 updates.
 
+    Raises:
+        ConfigurationError: for a value outside its range.
+
     >>> descent = Descent(rate=0.5)
     >>> descent.moves([Reading("lr", slope=-2.0, cosine=-0.3)])  # the first reading is all the evidence there is
     [0.5]
@@ -38,10 +42,10 @@ class Descent(Controller):
 
     def __init__(self, rate: float = 0.5, *, memory: float = 0.8, scale_memory: float = 0.99) -> None:
         if not (math.isfinite(rate) and 0.0 < rate <= 2.0):
-            raise ValueError(f"`rate` must lie in (0, 2], but got {rate=}.")
+            raise ConfigurationError(f"`rate` must lie in (0, 2], but got {rate=}.")
         for name, value in (("memory", memory), ("scale_memory", scale_memory)):
             if not 0.0 <= value < 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1), but got {name}={value!r}.")
+                raise ConfigurationError(f"`{name}` must lie in [0, 1), but got {name}={value!r}.")
         self.rate = rate
         self.memory = memory
         self.scale_memory = scale_memory

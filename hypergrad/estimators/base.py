@@ -41,9 +41,12 @@ class Tracker(ABC):
     def before_step(self) -> None:
         """Call between the final gradient and the update, on every step that is to be tracked."""
 
+    def after_step(self) -> None:  # noqa: B027 (an estimator may have nothing to read off the step)
+        """Call right after the update of a tracked step, before anything else can touch the parameters."""
+
     @abstractmethod
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
-        """The hypergradient, from the validation gradient at the parameters after the step.
+        """The hypergradient, from the validation gradient at the parameters after the step. Call once per step.
 
         Args:
             gradients: the validation gradient of each tensor in `params`, in its shape.

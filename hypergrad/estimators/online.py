@@ -21,9 +21,10 @@ class Online(Estimator):
 
         h = grad L_val(theta') . d(theta')/d(lam),    theta' = Phi(theta, s, g; lam)
 
-    with the state before the step held constant. Costs one validation gradient per evaluation and no memory
-    beyond one copy of the parameters. What it cannot see is the effect on later steps: it prefers learning rates
-    that are best now (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization").
+    with the state before the step held constant. Costs one validation gradient per evaluation and, between the step
+    and the evaluation, one flat vector of the parameters' size per hyperparameter. What it cannot see is the effect on
+    later steps: it prefers learning rates that are best now (Wu et al. 2018, "Understanding short-horizon bias in
+    stochastic meta-optimization").
 
     The hypergradient of the learning rate is that of Almeida et al. 1998 and Baydin et al. 2018 (eq. 4), with the
     validation gradient in place of the next training gradient.
@@ -41,21 +42,29 @@ class Online(Estimator):
         return _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tangent:
-    """d(parameters)/d(value) of one param group: `scale` times a flat vector, or times the step itself."""
+    """d(parameters)/d(value) of one param group: `scale` times a flat vector."""
 
-    vector: torch.Tensor | None
+    vector: torch.Tensor
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _GroupStep:
-    """What one tracked step leaves behind for one param group. `before`: its parameters then, flat, if needed."""
+    """What one tracked step leaves behind for one param group.
+
+    Args:
+        params: the parameters that the step moves.
+        tangents: by hyperparameter name.
+        before: the parameters before the step, flat, if a tangent is to be read off the step as
+            `(after - before) / lr`; None otherwise.
+    """
 
     params: list[torch.Tensor]
     tangents: dict[str, _Tangent] = field(default_factory=dict)
-    before: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    before: torch.Tensor | None = None
+    lr: float = 0.0
 
 
 class _OnlineTracker(Tracker):
@@ -78,33 +87,47 @@ class _OnlineTracker(Tracker):
         groups = self._optimizer.param_groups
         self._groups = [self._closed_forms_of(group) for group in groups]
         for hyperparameter in self._hyperparameters:
-            rest = [i for i, g in enumerate(self._groups) if g.params and hyperparameter.name not in g.tangents]
+            name = hyperparameter.name
+            rest = [
+                i
+                for i, g in enumerate(self._groups)
+                if g.params and name not in g.tangents and not (name == "lr" and g.before is not None)
+            ]
             if rest:
                 self._differentiate(hyperparameter, rest)
+
+    def after_step(self) -> None:
+        for step in self._groups:
+            if step.before is not None:
+                step.tangents["lr"] = _Tangent(_flat(step.params) - step.before, 1.0 / step.lr)
+                step.before = None
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._groups:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
+        groups, self._groups = self._groups, []  # flat vectors of the size of the model are not kept until the next
+        device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
+        zero = torch.zeros((), device=device)
         names = [h.name for h in self._hyperparameters]
-        rows = [self._contract_group(step, gradients) for step in self._groups]
+        hypergradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        tangent_norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        gradient_norms = []
+        for step in groups:
+            gradient = _flat([gradients[p] for p in step.params]) if step.params else zero
+            gradient_norms.append(gradient.norm())
+            for name in names:
+                tangent = step.tangents.get(name)
+                if tangent is None:
+                    hypergradients[name].append(zero)
+                    tangent_norms[name].append(zero)
+                    continue
+                hypergradients[name].append(gradient @ tangent.vector * tangent.scale)
+                tangent_norms[name].append(tangent.vector.norm() * abs(tangent.scale))
         return Contraction(
-            hypergradients={n: torch.stack([row[n][0] for row in rows]) for n in names},
-            tangent_norms={n: torch.stack([row[n][1] for row in rows]) for n in names},
-            gradient_norms=torch.stack([row[n][2] for row in rows for n in names[:1]]),
+            hypergradients={name: _stacked(values) for name, values in hypergradients.items()},
+            tangent_norms={name: _stacked(values) for name, values in tangent_norms.items()},
+            gradient_norms=_stacked(gradient_norms),
         )
-
-    def _contract_group(
-        self, step: _GroupStep, gradients: Mapping[torch.Tensor, torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        if not step.params:
-            zero = torch.zeros((), device=self._device())
-            return {h.name: (zero, zero, zero) for h in self._hyperparameters}
-        gradient = _flat([gradients[p] for p in step.params])
-        result = {}
-        for name, tangent in step.tangents.items():
-            vector = tangent.vector if tangent.vector is not None else _flat(step.params) - step.before
-            result[name] = (gradient @ vector * tangent.scale, vector.norm() * abs(tangent.scale), gradient.norm())
-        return result
 
     def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:
         params, lr = stepped_params(group), group.get("lr")
@@ -113,13 +136,11 @@ class _OnlineTracker(Tracker):
         names = {h.name for h in self._hyperparameters}
         by_difference = "lr" in names and lr_from_difference(self._optimizer, group, lr)
         by_decay = "weight_decay" in names and decay_is_decoupled(self._optimizer, group)
-        before = _flat(params) if by_difference or by_decay else torch.empty(0)
-        tangents = {}
-        if by_difference:
-            tangents["lr"] = _Tangent(None, 1.0 / lr)
-        if by_decay:
-            tangents["weight_decay"] = _Tangent(before, -lr)
-        return _GroupStep(params, tangents, before)
+        if not by_difference and not by_decay:
+            return _GroupStep(params)
+        before = _flat(params)
+        tangents = {"weight_decay": _Tangent(before, -lr)} if by_decay else {}
+        return _GroupStep(params, tangents, before if by_difference else None, lr)
 
     def _differentiate(self, hyperparameter: OptimizerHyperparameter, groups: list[int]) -> None:
         # Groups do not influence each other within a step: one direction serves them all.
@@ -130,12 +151,14 @@ class _OnlineTracker(Tracker):
             flat = _flat([moved[p] if p in moved else torch.zeros_like(p) for p in params])
             self._groups[index].tangents[hyperparameter.name] = _Tangent(flat)
 
-    def _device(self) -> torch.device:
-        device: torch.device = self._optimizer.param_groups[0]["params"][0].device
-        return device
-
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """A flat copy, end to end, in float32 or wider: one kernel however many tensors there are."""
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One vector, in the widest of the dtypes."""
+    wide = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+    return torch.stack([v.to(wide) for v in values])

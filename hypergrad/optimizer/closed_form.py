@@ -24,16 +24,21 @@ _LINEAR_IN_LR = frozenset(
         torch.optim.Adadelta,
     }
 )
+# Of these, the rules whose steps have elements of about the size of lr whatever the size of the gradient.
+_NORMALIZED = frozenset(
+    {torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax, torch.optim.RMSprop}
+)
 _DECOUPLED_WHEN_ASKED = frozenset({torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam})
 
 
 def lr_from_difference(optimizer: torch.optim.Optimizer, group: ParamGroup, lr: float) -> bool:
     """Whether d(theta')/d(lr) may be read off the step itself, as (theta' - theta) / lr.
 
-    Not in half precision and not below lr = 1000 eps (1.2e-4 in float32), where the subtraction would cancel the
-    digits that count: there the general derivative costs a little more and loses nothing.
+    Only where the subtraction does not cancel the digits that count: for rules that normalise the gradient, from
+    lr = 1000 eps (1.2e-4 in float32) on, and not in half precision. Elsewhere the general derivative costs a little
+    more and loses nothing.
     """
-    if type(optimizer) not in _LINEAR_IN_LR:
+    if type(optimizer) not in _NORMALIZED:
         return False
     return all(p.is_floating_point() and lr >= 1e3 * torch.finfo(p.dtype).eps for p in group["params"])
 

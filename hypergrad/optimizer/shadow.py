@@ -19,6 +19,10 @@ from hypergrad.hyperparameter import ParamGroup
 _SINGLE_TENSOR = {"foreach": False, "fused": False, "capturable": False, "differentiable": True}
 
 
+# LR schedulers patch `step` on the instance; a GradScaler leaves the other two on fused optimizers.
+_NOT_COPIED = frozenset({"step", "grad_scale", "found_inf"})
+
+
 def shadow(
     optimizer: torch.optim.Optimizer,
     param_groups: list[ParamGroup],
@@ -26,18 +30,29 @@ def shadow(
 ) -> torch.optim.Optimizer:
     """An optimizer with `optimizer`'s class and settings, but these groups and this state, and none of its hooks.
 
-    Nothing of the original is written to: groups and state are used as given, other attributes are shared, with
-    a copy of those that are plain containers.
+    Nothing of the original is written to: groups and state are used as given; of further attributes, tensors and
+    plain containers are copied.
     """
     # copy() goes through torch's own __getstate__/__setstate__, which keeps groups and state and starts with
     # no hooks; third-party optimizers keep further attributes, which __getstate__ leaves out.
     twin = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
-        if name not in vars(twin) and name != "step":  # LR schedulers patch `step` on the instance
-            setattr(twin, name, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
+        if name not in vars(twin) and name not in _NOT_COPIED:
+            setattr(twin, name, _private(value))
     twin.param_groups = param_groups
     twin.state = defaultdict(dict, state)
     return twin
+
+
+def _private(value: Any) -> Any:
+    """The value, with tensors and plain containers copied, so that a step on the shadow can change its own."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _private(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_private(item) for item in value)
+    return value
 
 
 def single_tensor_group(group: ParamGroup, params: list[torch.Tensor]) -> ParamGroup:

@@ -134,9 +134,9 @@ def differentiate_step(
     check_optimizer(optimizer)
     pack = type(optimizer) in ELEMENTWISE if pack is None else pack
     packets = [
-        _Packet.collect(optimizer, index, params, direction)
+        _Packet.collect(optimizer, index, params, counters, direction)
         for index, group in enumerate(optimizer.param_groups)
-        for params in _packets(optimizer, stepped_params(group), pack)
+        for params, counters in _packets(optimizer, stepped_params(group), pack)
     ]
     with dual_level(), torch.no_grad(), TangentMode():
         for packet in packets:
@@ -173,17 +173,22 @@ class _Packet:
 
     @classmethod
     def collect(
-        cls, optimizer: torch.optim.Optimizer, group: int, params: list[torch.Tensor], direction: Direction
+        cls,
+        optimizer: torch.optim.Optimizer,
+        group: int,
+        params: list[torch.Tensor],
+        counters: Mapping[str, float],
+        direction: Direction,
     ) -> _Packet:
         states = [optimizer.state.get(p, {}) for p in params]
         state: State = {}
         for key, value in states[0].items():
             if not isinstance(value, torch.Tensor):
                 state[key] = copy.deepcopy(value)
-            elif _is_counter(key, value, params[0]):
+            elif key in counters:
                 # Counters are float32 in torch, where 1 - beta**step loses half its digits; the real step computes
                 # that in Python's float64.
-                state[key] = value.detach().to("cpu", torch.float64, copy=True)
+                state[key] = torch.tensor(counters[key], dtype=torch.float64)
             else:
                 state[key] = _join([entry[key] for entry in states])
         tangents = [direction.state.get(p, {}) for p in params]
@@ -249,45 +254,46 @@ def _instead_of_zero(
     return float(torch.finfo(torch.float64).tiny)
 
 
-def _packets(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool) -> list[list[torch.Tensor]]:
-    """Which parameters can be stepped as one: same dtype and device, same kind of state, same scalars in it."""
-    if not pack:
-        return [[p] for p in params]
-    packets: dict[Any, list[torch.Tensor]] = {}
-    scalars = _scalar_state(optimizer, params)
-    for p in params:
-        shapes = tuple(
-            (key, value.dtype, value.shape == p.shape)
-            for key, value in optimizer.state.get(p, {}).items()
-            if isinstance(value, torch.Tensor)
-        )
-        packets.setdefault((p.dtype, p.device, p.dim() == 0, shapes, scalars[p]), []).append(p)
-    return list(packets.values())
+def _packets(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool
+) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
+    """Which parameters can be stepped as one, each with the numbers that its state counts with.
 
-
-def _scalar_state(
-    optimizer: torch.optim.Optimizer, params: list[torch.Tensor]
-) -> dict[torch.Tensor, tuple[tuple[str, object], ...]]:
-    """Every entry of a parameter's state that is one number, such as its step count.
-
-    Counters on an accelerator (fused and capturable rules) are read back together: one synchronisation.
+    Packed are those of one dtype and device with the same kind of state and the same numbers in it.
     """
-    plain: dict[torch.Tensor, list[tuple[str, object]]] = {p: [] for p in params}
+    counters = _counters(optimizer, params)
+    if not pack:
+        return [([p], counters[p]) for p in params]
+    packets: dict[Any, list[torch.Tensor]] = {}
+    for p in params:
+        state = optimizer.state.get(p, {})
+        shapes = tuple((k, v.dtype, v.shape == p.shape) for k, v in state.items() if isinstance(v, torch.Tensor))
+        others = tuple((k, v) for k, v in state.items() if not isinstance(v, torch.Tensor))
+        kind = (p.dtype, p.device, p.dim() == 0, shapes, others, tuple(counters[p].items()))
+        packets.setdefault(kind, []).append(p)
+    return [(packet, counters[packet[0]]) for packet in packets.values()]
+
+
+def _counters(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
+    """Every number in a parameter's state that torch keeps in a tensor, such as its step count.
+
+    Those on an accelerator (fused and capturable rules) are read back together: one synchronisation.
+    """
+    counters: dict[torch.Tensor, dict[str, float]] = {p: {} for p in params}
     remote: list[tuple[torch.Tensor, str, torch.Tensor]] = []
     for p in params:
         for key, value in optimizer.state.get(p, {}).items():
-            if not isinstance(value, torch.Tensor):
-                plain[p].append((key, value))
-            elif _is_counter(key, value, p):
-                if value.device.type == "cpu":
-                    plain[p].append((key, value.item()))
-                else:
-                    remote.append((p, key, value))
+            if not isinstance(value, torch.Tensor) or not _is_counter(key, value, p):
+                continue
+            if value.device.type == "cpu":
+                counters[p][key] = value.item()
+            else:
+                remote.append((p, key, value))
     if remote:
         values = torch.stack([value.to(torch.float64) for _, _, value in remote]).tolist()
         for (p, key, _), number in zip(remote, values, strict=True):
-            plain[p].append((key, number))
-    return {p: tuple(entries) for p, entries in plain.items()}
+            counters[p][key] = number
+    return counters
 
 
 def _is_counter(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hypergrad import (
@@ -65,6 +66,12 @@ class NoGrad(Net):
         return self.loss(batch)
 
 
+class ReturnsLoss(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+        return self.loss(batch)
+
+
 class Vector(Net):
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         return {"val_loss": self.net(batch[0]).sum(1)}
@@ -84,6 +91,10 @@ class Vector(Net):
         (Detached(), {}, NotDifferentiableError, "has no gradient: Detached.validation_step detaches it"),
         (Float(), {}, NotDifferentiableError, r"is a float.*self.log\('val_loss', loss\)"),
         (NoGrad(), {}, NotDifferentiableError, "has no gradient"),
+        (ReturnsLoss(), {"monitor": "accuracy", "mode": "max"}, NotDifferentiableError, "'accuracy' has no gradient"),
+        (ReturnsLoss(), {"monitor": "accuracy"}, NotDifferentiableError, "'accuracy' has no gradient"),
+        (ReturnsLoss(), {"mode": "max"}, NotDifferentiableError, "mode='max' would make the loss large"),
+        (Net("SGD", momentum=1.5), {"hyperparameters": ("momentum",)}, HyperparameterError, "outside the domain of Lo"),
         (Vector(), {}, NotDifferentiableError, r"has shape \(16,\)"),
         (Net(), {"val_dataloaders": DataLoader(TensorDataset(torch.zeros(0, 5)))}, ConfigurationError, "has no batch"),
     ],
@@ -132,17 +143,13 @@ def test_no_optimizer(tmp_path: Path) -> None:
 
 
 def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
-    class Sharded:
-        pass
+    for sharding in (FSDPStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {})):
 
-    fitted = trainer(tmp_path)
-    callback = HyperGradient()
+        class Stub:
+            strategy, optimizers = sharding(), trainer(tmp_path).optimizers
 
-    class Stub:
-        strategy, optimizers = Sharded(), fitted.optimizers
-
-    with pytest.raises(ConfigurationError, match=r"Sharded shards or replaces.*strategy='ddp'"):
-        callback.on_train_start(Stub(), Net())  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match=rf"{sharding.__name__} shards or replaces.*strategy='ddp'"):
+            HyperGradient().on_train_start(Stub(), Net())  # type: ignore[arg-type]
 
 
 def test_the_monitored_number_is_no_longer_held_out_is_said_once(

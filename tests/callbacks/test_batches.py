@@ -63,6 +63,34 @@ def test_the_loaders_own_order_is_not_advanced(name: str) -> None:
     assert [b[0].tolist() for b in used] == [b[0].tolist() for b in untouched]
 
 
+def test_a_sampler_with_a_generator_of_its_own_is_not_advanced() -> None:
+    def loader() -> DataLoader[Any]:
+        sampler = torch.utils.data.WeightedRandomSampler([1.0] * 10, 10, generator=torch.Generator().manual_seed(1))
+        return DataLoader(ITEMS, batch_size=3, sampler=sampler)
+
+    used, untouched = loader(), loader()
+    _values(BatchStream(used, seed=0), 9)
+    assert [b[0].tolist() for b in used] == [b[0].tolist() for b in untouched]
+
+
+def test_a_batch_sampler_over_data_in_order_gives_whole_batches() -> None:
+    pairs = TensorDataset(torch.arange(10.0), torch.arange(10))
+    loader = DataLoader(
+        pairs, batch_sampler=BatchSampler(torch.utils.data.SequentialSampler(pairs), 4, drop_last=False)
+    )
+    stream = BatchStream(loader, seed=0)
+    assert [[t.tolist() for t in stream.next()] for _ in range(3)] == [[t.tolist() for t in b] for b in loader]
+
+
+def test_a_loader_with_an_iteration_of_its_own_keeps_it() -> None:
+    class Reversed(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return iter(list(super().__iter__())[::-1])
+
+    loader = Reversed(ITEMS, batch_size=5)
+    assert _values(BatchStream(loader, seed=0), 2) == [b[0].tolist() for b in loader]
+
+
 def test_data_in_order_is_shuffled_anew_in_every_epoch_without_short_batches() -> None:
     values = _values(BatchStream(DataLoader(ITEMS, batch_size=3), seed=0), 6)
     assert all(len(batch) == 3 for batch in values)

@@ -91,6 +91,107 @@ def test_equals_central_differences_of_the_training_script(
     assert update.hypergradients[name] == pytest.approx((4 * twice - once) / 3, rel=1e-6)
 
 
+class TouchesUp(Doubles):
+    """Sets the lr between gradient and update, and clamps the weights after it: both are common, and ordinary code."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        optimizer.param_groups[0]["lr"] = getattr(self, "lr_at_step_3", 0.02) if self.global_step == 3 else 0.01
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.net[0].bias.zero_()
+
+
+def test_user_code_between_gradient_and_update_and_after_it(tmp_path: Path) -> None:
+    val = data(32, 32, seed=7)
+    callback = HyperGradient(("lr",), val_dataloaders=val, every_n_steps=4, controller=Hold())
+    _loss_after(TouchesUp(), val, tmp_path, callback)
+    (update,) = callback.history
+    assert update.values["lr"] == 0.02
+    # The weights that the callback sees are those after the step: module hooks of the same name run after callbacks.
+    differences = []
+    for sign in (1, -1):
+        module = TouchesUp()
+        module.lr_at_step_3 = 0.02 + sign * 1e-5
+        module.on_train_batch_end = lambda *_: None if module.global_step == 4 else TouchesUp.on_train_batch_end(module)
+        fitted = trainer(tmp_path, max_steps=4)
+        fitted.fit(module, data(), data(seed=1))
+        differences.append(module.eval().loss(next(iter(val))).item())
+    assert update.hypergradients["lr"] == pytest.approx((differences[0] - differences[1]) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["positional", "keyword", "none"])
+@pytest.mark.parametrize("lr", [0.01, 1e-6])
+def test_every_way_to_call_step(form: str, lr: float, double: None) -> None:
+    from hypergrad import Online, Tuner, resolve
+    from hypergrad.callbacks._attachment import Attachment
+
+    def run(value: float, attach: bool) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        attachment = (
+            Attachment(0, optimizer, resolve(optimizer, ["lr"]), Online(), Tuner(Hold()), 3) if attach else None
+        )
+        for i in range(3):
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+
+            def closure(x: torch.Tensor = x) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = (model(x) - 1.0).square().sum()
+                loss.backward()
+                return loss
+
+            optimizer.param_groups[0]["lr"] = value if i == 2 else lr
+            if form == "none":
+                closure()
+                optimizer.step()
+            else:
+                optimizer.step(closure) if form == "positional" else optimizer.step(closure=closure)
+        val = model(torch.ones(1, 3)).square().sum()
+        if attachment is None:
+            return val.item(), 0.0
+        params = list(attachment.tracker.params)
+        assert attachment.pending
+        gradients = dict(zip(params, torch.autograd.grad(val, params), strict=True))
+        return val.item(), attachment.tracker.contract(gradients).hypergradients["lr"].item()
+
+    h = 1e-4 * lr
+    expected = (run(lr + h, False)[0] - run(lr - h, False)[0]) / (2 * h)
+    assert run(lr, True)[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learned_values_stand_in_param_groups_only_during_the_update(tmp_path: Path) -> None:
+    class Looks(Net):
+        seen: set[float]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen.add(self.optimizers().param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.seen.add(optimizer.param_groups[0]["lr"])
+
+    module = Looks()
+    module.seen = set()
+    callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _fit(module, callback, tmp_path)
+    assert module.seen == {0.01}
+    assert len({u.values["lr"] for u in callback.history}) > 5
+
+
+def test_a_controller_shared_by_two_callbacks_or_fits_is_not_shared_memory(tmp_path: Path) -> None:
+    shared = Descent()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1, controller=shared)
+        _fit(Net(), callback, tmp_path)
+        results.append(callback.hyperparameters)
+    assert results[0] == results[1]
+    assert shared.state_dict() == {}
+
+
 def test_learns_upwards_from_a_hopeless_lr(tmp_path: Path) -> None:
     plain, tuned = (Net(lr=1e-6, weight_decay=0.1) for _ in range(2))
     tuned.load_state_dict(plain.state_dict())
@@ -121,13 +222,18 @@ def test_mode_max_climbs(tmp_path: Path) -> None:
     assert maximised.history[0].hypergradients["lr"] == -minimised.history[0].hypergradients["lr"]
 
 
-@pytest.mark.parametrize("how", ["logs", "logs and returns a float", "returns", "returns a dict", "log_dict"])
+@pytest.mark.parametrize(
+    "how", ["logs", "logs and returns a float", "logs a float and returns", "returns", "returns a dict", "log_dict"]
+)
 def test_the_validation_loss_is_what_is_logged_or_returned(tmp_path: Path, how: str) -> None:
     class Variant(Net):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.loss(batch)
             if how == "log_dict":
                 self.log_dict({"val_loss": loss, "val_twice": 2 * loss}, prog_bar=True)
+            elif how == "logs a float and returns":
+                self.log("val_loss", loss.item())
+                return loss
             elif how.startswith("logs"):
                 self.log("val_loss", loss, on_epoch=True)
                 return loss.item() if "float" in how else None
@@ -343,18 +449,18 @@ def test_datamodule_with_batch_transfer_hooks(tmp_path: Path) -> None:
 
 
 def test_several_validation_loaders_are_told_apart_by_the_monitor(tmp_path: Path) -> None:
-    class Two(Net):
-        indices: list[int] = []  # noqa: RUF012
+    indices: list[int] = []
 
+    class Two(Net):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
             if self.trainer.global_step and not self.trainer.sanity_checking:
-                self.indices.append(dataloader_idx)
+                indices.append(dataloader_idx)
             self.log("val_loss", self.loss(batch))
 
     callback = HyperGradient(monitor="val_loss/dataloader_idx_1", every_n_steps=1)
     fitted = trainer(tmp_path, callbacks=[callback], max_epochs=1)
     fitted.fit(Two(), data(), [data(seed=1), data(seed=2)])
-    assert Two.indices[:5] == [1] * 5
+    assert indices[:5] == [1] * 5
     assert len(callback.history) == 6
 
 

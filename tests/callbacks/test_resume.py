@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,34 @@ def test_from_any_step(tmp_path: Path, step: int, every_n_steps: int) -> None:
     assert whole[3][-1].step == 24 - 24 % every_n_steps
 
 
+def test_from_a_checkpoint_saved_after_the_fit_or_after_an_exception(tmp_path: Path) -> None:
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 9:
+                raise InterruptedError
+
+    def fit(epochs: int, *extra: pl.Callback, resume: Path | None = None) -> tuple[pl.Trainer, Any, HyperGradient]:
+        torch.manual_seed(0)
+        module, callback = Scheduled(), HyperGradient(val_dataloaders=data(seed=2), every_n_steps=5)
+        fitted = trainer(tmp_path, max_epochs=epochs, callbacks=[callback, Reseed(), *extra], num_sanity_val_steps=0)
+        with contextlib.suppress(InterruptedError):
+            fitted.fit(module, Resumable(), data(seed=1), ckpt_path=resume)
+        return fitted, module, callback
+
+    _, expected, whole = fit(4)
+    fitted, _, _ = fit(2)
+    fitted.save_checkpoint(tmp_path / "after.ckpt")
+    _, module, callback = fit(4, resume=tmp_path / "after.ckpt")
+    assert callback.history == whole.history
+    torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    # An exception loses the batch that was being read, so that only the callback's own progress can be compared.
+    fitted, _, _ = fit(4, Interrupt())
+    fitted.save_checkpoint(tmp_path / "exception.ckpt")
+    _, _, callback = fit(4, resume=tmp_path / "exception.ckpt")
+    assert callback.history[:1] == whole.history[:1]
+    assert [u.step for u in callback.history[:3]] == [5, 10, 15]
+
+
 def test_state_is_plain_and_small(tmp_path: Path) -> None:
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
     _, saver = _fit(tmp_path, callback, every=20)
@@ -121,4 +150,4 @@ def test_a_callback_added_on_resume_starts_afresh(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[saver], **options).fit(Scheduled(), Resumable(), data(seed=1))
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
     _fit(tmp_path / "added", callback, every=100, resume=str(tmp_path / "step=12.ckpt"))
-    assert len(callback.history) == 12
+    assert [u.step for u in callback.history] == list(range(13, 25))

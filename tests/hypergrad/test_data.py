@@ -49,6 +49,11 @@ def test_many_tiny_classes_do_not_all_go_to_one_subset() -> None:
     assert len(test) == 200 - len(train)
 
 
+def test_the_seed_decides_for_tiny_classes_too() -> None:
+    a, b = (split(range(40), (0.5, 0.5), stratify=range(40), seed=seed)[0].indices for seed in (0, 1))
+    assert a != b
+
+
 @pytest.mark.parametrize("fractions", [(), (0.5,), (0.5, 0.6), (1.2, -0.2), (0.5, 0.5, 0.0), (float("nan"), 1.0)])
 def test_bad_fractions_are_named(fractions: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="sum to 1, but got"):

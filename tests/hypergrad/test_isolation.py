@@ -18,8 +18,20 @@ class Meter:
         self.total, self.seen = 0.0, [1]
 
 
+class Counter:
+    """Has a state and can be called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
 class Everything(torch.nn.Module):
     """Keeps state in every place where people keep it."""
+
+    shared: list[int] = []  # noqa: RUF012 (a mistake that people make)
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +43,10 @@ class Everything(torch.nn.Module):
         self.names = {"x"}
         self.plain = torch.zeros(2)
         self.meter = Meter()
+        self.counter = Counter()
+        self.confusion = np.zeros((2, 2))
+        self.pair = (torch.zeros(2), [torch.zeros(1)])
+        self.norm.cache = torch.zeros(2)
         self.generator = torch.Generator().manual_seed(0)
         self.numpy_rng = np.random.default_rng(0)
         self.python_rng = random.Random(0)
@@ -47,6 +63,12 @@ class Everything(torch.nn.Module):
         self.nested["b"]["c"].append(2)  # type: ignore[index,union-attr]
         self.names.add("y")
         self.plain += 1
+        self.counter()
+        self.confusion += 1
+        self.pair[0].add_(1)
+        self.pair[1].append(torch.ones(1))
+        self.norm.cache.add_(1)
+        self.shared.append(1)
         self.meter.total += 1
         self.meter.seen.append(2)
         torch.rand(1, generator=self.generator)
@@ -64,6 +86,11 @@ class Everything(torch.nn.Module):
             self.nested,
             self.names,
             vars(self.meter),
+            self.counter.calls,
+            self.confusion,
+            self.pair,
+            self.norm.cache,
+            self.shared,
             self.generator.get_state().sum().item(),
             self.numpy_rng.bit_generator.state,
             self.python_rng.getstate()[1][-1],

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from hypergrad import Controller, Descent, Hold, Measurement, OptimizerHyperparameter, Reading, Tuner
+from hypergrad import (
+    Controller,
+    Descent,
+    Hold,
+    HyperparameterError,
+    Identity,
+    Measurement,
+    OptimizerHyperparameter,
+    Reading,
+    Tuner,
+)
 from hypergrad.tuner import MAX_DECAY_PER_STEP
 
 LR, DECAY = OptimizerHyperparameter("lr"), OptimizerHyperparameter("weight_decay")
@@ -85,10 +95,38 @@ def test_weight_decay_of_zero_starts_from_its_floor_when_it_moves() -> None:
     assert _push(tuner, DECAY, 0.0) == pytest.approx(1e-5 * math.e)
 
 
-@pytest.mark.parametrize(("start", "by"), [(0.0, 0.5), (1.0, -0.5), (1.5, -0.5)])
-def test_fractions_outside_their_domain_enter_it(start: float, by: float) -> None:
-    value = _push(Tuner(Push(by)), OptimizerHyperparameter("momentum"), start)
-    assert 0.0 < value < 1.0
+def test_a_fraction_of_zero_starts_from_its_floor_and_one_outside_its_domain_is_an_error() -> None:
+    assert 0.01 < _push(Tuner(Push(0.5)), OptimizerHyperparameter("momentum"), 0.0) < 0.1
+    for start in (1.0, 1.5, -0.1):
+        with pytest.raises(HyperparameterError, match=f"momentum={start:g} lies outside the domain of Logit.*Identity"):
+            OptimizerHyperparameter("momentum").start(start)
+
+
+def test_a_coordinate_of_ones_own() -> None:
+    exponent = OptimizerHyperparameter("beta2_decay", transform=Identity(), upper=-0.1)
+    assert _push(Tuner(Push(0.3)), exponent, -0.8) == pytest.approx(-0.5)
+    assert _push(Tuner(Push(0.3)), exponent, -0.8, times=5) == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "lr", "lower": 0.0}, {"name": "momentum", "upper": 1.0}, {"name": "lr", "lower": 2.0, "upper": 1.0}],
+)
+def test_bad_domains_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(HyperparameterError, match=r"`(lower|upper)` must"):
+        OptimizerHyperparameter(**settings)
+
+
+def test_no_wind_up_behind_the_bound_on_decay() -> None:
+    tuner = Tuner(Push(1.0))
+    coordinates = {"lr": LR, "weight_decay": DECAY}
+    group = {"lr": 1.0, "weight_decay": 0.4}
+    for _ in range(10):
+        used = tuner.values(group, coordinates)
+        tuner.update([_measure(DECAY, 0.4, used["weight_decay"])], loss=1.0)
+    tuner.controller = Push(-0.5)
+    tuner.update([_measure(DECAY, 0.4, tuner.values(group, coordinates)["weight_decay"])], loss=1.0)
+    assert tuner.values(group, coordinates)["weight_decay"] < MAX_DECAY_PER_STEP * 0.7
 
 
 def test_lr_times_weight_decay_stays_below_one_under_any_schedule() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hypergrad import HypergradError, Online, OptimizerHyperparameter, hypergradient, resolve
+from hypergrad import HypergradError, NotDifferentiableError, Online, OptimizerHyperparameter, hypergradient, resolve
 from hypergrad.hyperparameter import available
 from tests.hypergrad.cells import ACCEPTED, CELLS, REFUSED, Cell, Problem, ids
 
@@ -85,6 +85,32 @@ def test_below_that_lr_the_general_derivative_is_used() -> None:
     x = x.double()
     exact = hypergradient(model, torch.optim.AdamW(model.parameters(), lr=1e-9), [loss], loss, ["lr"]).grads["lr"]
     assert single.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_small_gradients_in_float32_lose_no_digits() -> None:
+    # SGD's step is lr times the gradient: 1e-9 here, far below what theta' - theta can show.
+    for scale in (1e-3, 1e-6):
+        model = torch.nn.Linear(64, 64)
+        loss = lambda m, x: scale * m(x).square().mean()
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            one = lambda m, x=x: loss(m, x)
+            results.append(hypergradient(model, optimizer, [one], one, ["lr"]))
+        assert results[0].grads["lr"].item() == pytest.approx(results[1].grads["lr"].item(), rel=1e-4)
+
+
+def test_groups_without_parameters_and_models_without_gradients(double: None) -> None:
+    model = torch.nn.Linear(2, 1)
+    loss = lambda m: m(torch.ones(1, 2)).square().sum()
+    optimizer = torch.optim.SGD([{"params": []}, {"params": model.parameters()}], lr=0.1)
+    result = hypergradient(model, optimizer, [loss], loss, ["lr"])
+    assert result.grads["lr"][0] == 0.0 != result.grads["lr"][1]
+    foreign = torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1)
+    with pytest.raises(NotDifferentiableError, match="hold the parameters of this model"):
+        hypergradient(model, foreign, [loss], loss, ["lr"])
 
 
 def test_half_precision_parameters() -> None:

@@ -37,7 +37,6 @@ def test_raw_step_goes_around_a_scheduler_that_patched_the_instance() -> None:
     twin = shadow(optimizer, [single_tensor_group(optimizer.param_groups[0], [other])], {})
     with torch.no_grad():
         raw_step(twin)
-    assert not getattr(optimizer.step, "_wrapped_by_lr_sched", None) or optimizer.state == {}
     torch.testing.assert_close(other, torch.full((2,), 0.9))
 
 
