@@ -18,7 +18,8 @@ from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.estimators.online import Online
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
-from hypergrad.isolation import RngStream, preserved, preserved_rng
+from hypergrad.isolation import preserved
+from hypergrad.rng import RngStream, preserved_rng
 from hypergrad.transform import Identity, Log, Logit, Transform
 from hypergrad.tuner import Measurement, Outcome, Tuner
 

@@ -12,8 +12,9 @@ from hypergrad.errors import ConfigurationError, NotDifferentiableError
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
-from hypergrad.isolation import preserved, preserved_rng
+from hypergrad.isolation import preserved
 from hypergrad.optimizer.shadow import raw_step
+from hypergrad.rng import preserved_rng
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 Loss = Callable[[ModelT], torch.Tensor]

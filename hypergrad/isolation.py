@@ -1,4 +1,4 @@
-"""Run user code and leave no trace: every object it can reach is put back as it was, and so are the RNG streams."""
+"""Run user code and leave no trace: every object it can reach is put back as it was."""
 
 from __future__ import annotations
 
@@ -49,82 +49,6 @@ def preserved(*roots: object, parameters: bool = False, opaque: tuple[type, ...]
         recorder.undo()
 
 
-@contextmanager
-def preserved_rng(seed: int | None = None) -> Iterator[None]:
-    """Put the global RNG streams of torch (CPU and the current CUDA device), NumPy and Python back at the end.
-
-    Args:
-        seed: start the block from this seed; None starts it from where the streams stand.
-    """
-    state = RngState.capture()
-    try:
-        if seed is not None:
-            RngState.seed(seed)
-        yield
-    finally:
-        state.restore()
-
-
-class RngState:
-    """The state of every global RNG stream that training code draws from."""
-
-    def __init__(self, cpu: torch.Tensor, cuda: torch.Tensor | None, numpy: Any, python: Any) -> None:
-        self._cpu, self._cuda, self._numpy, self._python = cpu, cuda, numpy, python
-
-    @classmethod
-    def capture(cls) -> RngState:
-        """The streams as they stand; CUDA only once it is in use, which capturing must not start."""
-        cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
-
-    def restore(self) -> None:
-        """Make the streams continue from here."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-    @staticmethod
-    def seed(seed: int) -> None:
-        """Start every stream from one seed."""
-        # torch.manual_seed would also queue a seed for a CUDA context that does not exist yet.
-        torch.default_generator.manual_seed(seed)
-        if _cuda_in_use():
-            torch.cuda.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-
-
-class RngStream:
-    """A private set of RNG streams: code run inside `active()` draws from them and not from the global ones."""
-
-    def __init__(self, seed: int) -> None:
-        self._active = False
-        self.reseed(seed)
-
-    def reseed(self, seed: int) -> None:
-        """Start the private streams anew; inside `active()` too."""
-        if self._active:
-            RngState.seed(seed)
-            return
-        with preserved_rng(seed):
-            self._state = RngState.capture()
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Swap the private streams in, and the global ones back at the end. Does not nest."""
-        outer = RngState.capture()
-        self._state.restore()
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self._state = RngState.capture()
-            outer.restore()
-
-
 class _Recorder:
     """Walks an object graph once, replacing tensors and arrays by copies and noting how to undo every change."""
 
@@ -148,10 +72,10 @@ class _Recorder:
         if type(value) in _ATOMS or id(value) in self._seen or isinstance(value, self._opaque):
             return
         self._seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
-            self._record_tensor(value)
-        elif isinstance(value, torch.nn.Module):
+        if isinstance(value, torch.nn.Module):
             self._record_module(value)
+        elif isinstance(value, torch.Tensor):
+            self._record_tensor(value)
         elif isinstance(value, dict):
             self._record_dict(value)
         elif isinstance(value, (list, deque)):
@@ -192,7 +116,8 @@ class _Recorder:
         else:
             self._undo.append(_undo_dict(attributes))
             for name in attributes.keys() - _module_internals():
-                attributes[name] = self._substitute(attributes[name])
+                if not _is_plain(attributes[name]):
+                    attributes[name] = self._substitute(attributes[name])
             self._record_classes(type(module))
         if buffers:
             self._record_dict(buffers)
@@ -216,7 +141,7 @@ class _Recorder:
         for key, value in list(mapping.items()):
             if type(key) not in _ATOMS:
                 self.record(key)
-            if type(value) not in _ATOMS:
+            if not _is_plain(value):
                 mapping[key] = self._substitute(value)
 
     def _record_sequence(self, values: list[Any] | deque[Any]) -> None:
@@ -228,7 +153,7 @@ class _Recorder:
 
         self._undo.append(undo)
         for i, item in enumerate(saved):
-            if type(item) not in _ATOMS:
+            if not _is_plain(item):
                 values[i] = self._substitute(item)
 
     def _record_set(self, values: set[Any]) -> None:
@@ -297,10 +222,6 @@ def _is_machinery(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _MACHINERY)
 
 
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 def _undo_dict(mapping: dict[Any, Any]) -> _Undo:
     saved = list(mapping.items())
 
@@ -311,10 +232,15 @@ def _undo_dict(mapping: dict[Any, Any]) -> _Undo:
     return undo
 
 
+def _is_plain(value: object) -> bool:
+    """A value in which nothing can change: a number, a string, or a tuple of those."""
+    return type(value) in _ATOMS or (type(value) is tuple and all(type(item) in _ATOMS for item in value))
+
+
 def _has_state(attributes: dict[str, Any]) -> bool:
     """Whether one of torch's own layers carries more than settings, such as a tensor that somebody attached."""
     internal = _module_internals()
-    return any(type(value) not in _ATOMS and name not in internal for name, value in attributes.items())
+    return any(name not in internal and not _is_plain(value) for name, value in attributes.items())
 
 
 @lru_cache(maxsize=1)

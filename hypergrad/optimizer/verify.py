@@ -16,9 +16,9 @@ import torch
 
 from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.isolation import preserved_rng
 from hypergrad.optimizer.shadow import raw_step, shadow, single_tensor_group
 from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step
+from hypergrad.rng import preserved_rng
 
 _WARM_UP = 8  # RAdam's rectified branch starts at step 6 with its default betas
 _TOLERANCE = 1e-3  # a lost term shows as an error of order one
