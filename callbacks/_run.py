@@ -72,6 +72,7 @@ class Run:
         self._training_watch = Stopwatch(trainer.strategy.root_device)
         self._attachments: list[Attachment] = []
         self._final_values: dict[str, float] | None = None
+        self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
         loader, index, several = _hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
@@ -157,7 +158,7 @@ class Run:
 
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
-        learned = ", ".join(f"{k} {self.first_values.get(k, v):.3g} -> {v:.3g}" for k, v in self.values.items())
+        learned = ", ".join(self._learned(label, value) for label, value in self.values.items())
         own, training = self._watch.seconds, self._training_watch.seconds
         ratio = f"{1 + own / training:.2f}x" if training > 0 else "unknown against"
         skipped = sum(u.skipped is not None for u in self.history)
@@ -168,6 +169,14 @@ class Run:
         )
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    def _learned(self, label: str, value: float) -> str:
+        first, schedule = self.first_values.get(label, value), self._schedule.get(label)
+        line = f"{label} {first:.3g} -> {value:.3g}"
+        if schedule is None or schedule[0] in (0.0, first):
+            return line
+        # A schedule that ends at 0 would hide what was learned.
+        return f"{line} ({schedule[1] / schedule[0]:.3g} times the schedule)"
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         _check_disjoint(optimizers)
@@ -212,6 +221,7 @@ class Run:
                 scales[name] = [next(numbers) * norm for norm in norms]
             measurements += attachment.measurements(hypergradients, scales)
         sign, labels = self._settings.sign, self._labels()
+        self._schedule.update({labels[m.key]: (m.scheduled, m.value) for m in measurements})
         outcome = self._tuner.update(
             [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value
         )

@@ -269,6 +269,7 @@ def test_learned_factor_multiplies_the_schedule(tmp_path: Path) -> None:
     assert module.seen == pytest.approx([*scheduled[1:], 0.0018])
     assert callback.history[0].values["lr"] == 0.0
     assert callback.history[0].hypergradients["lr"] < 0.0
+    assert "times the schedule)" in callback.summary()
     factors = [u.values["lr"] / s for u, s in zip(callback.history[1:], scheduled[1:], strict=True)]
     assert factors[0] == pytest.approx(1.0)
     assert factors[-1] > 2.0
