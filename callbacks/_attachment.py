@@ -40,6 +40,7 @@ class Attachment:
         self.steps = steps
         self.measured_at = steps - steps % every_n_steps
         self.pending = False
+        self._depth = 0
         self._index = index
         self._tuner = tuner
         self._every_n_steps = every_n_steps
@@ -100,6 +101,11 @@ class Attachment:
             if key in self._used and i < len(hypergradients[h.name])
         ]
 
+    def batch_ended(self) -> None:
+        """No step is under way, also if one raised and was caught."""
+        self._depth = 0
+        self._restore_schedule()
+
     def measured(self) -> None:
         """The tracked step has been measured: count to the next."""
         self.pending = False
@@ -108,6 +114,10 @@ class Attachment:
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A class whose step() calls super().step() runs the hooks once more inside: only the outermost call counts.
+        self._depth += 1
+        if self._depth > 1:
+            return None
         # With automatic optimization the gradient does not exist yet: the closure runs training_step and backward
         # (and clips), and the update follows it immediately. torch passes the optimizer itself as args[0].
         if len(args) > 1 and callable(args[1]):
@@ -132,6 +142,9 @@ class Attachment:
                 self.tracker.before_step()
 
     def _after_step(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         self._restore_schedule()
         self.steps += 1
         due = self.steps - self.measured_at >= self._every_n_steps

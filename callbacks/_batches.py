@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from hypergrad import ConfigurationError, RngStream, preserved
+from hypergrad import ConfigurationError, RngStream, generators_of, preserved
 
 # Attributes that make a DataLoader deliver the same batches; what decides their order is replaced.
 _KEPT = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+# Samplers may be endless; an epoch of the stream is not.
+_LONGEST_EPOCH = 100_000
 
 
 class BatchStream:
@@ -21,6 +24,8 @@ class BatchStream:
     persistent workers: another one on the same dataset is. Where the original is in order or shuffled, the stream
     reshuffles in every epoch; the order of any other sampler is kept. Other iterables, and DataLoader classes with
     an iteration of their own, are iterated as they are.
+
+    Random generators that the dataset itself keeps are swapped for private ones while a batch is read.
 
     Args:
         source: a DataLoader or any re-iterable of batches.
@@ -35,7 +40,8 @@ class BatchStream:
         self._seed = seed
         self._epoch = -1
         self._consumed = 0
-        self._rng = RngStream(seed)
+        dataset = source.dataset if isinstance(source, DataLoader) else source
+        self._rng = RngStream(seed, generators_of(dataset))
         self._batches: Iterator[Any] = iter(())
 
     def next(self) -> Any:
@@ -83,14 +89,14 @@ class BatchStream:
 
 def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     """The same batches in the stream's own order, read by a loader of its own."""
-    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
-        return source
-    if type(source).__iter__ is not DataLoader.__iter__:
+    if not isinstance(source, DataLoader) or type(source).__iter__ is not DataLoader.__iter__:
         return source
     kept = {name: getattr(source, name) for name in _KEPT}
     if source.num_workers:
         kept["prefetch_factor"] = source.prefetch_factor
     kept["generator"] = torch.Generator().manual_seed(seed)
+    if isinstance(source.dataset, IterableDataset):
+        return DataLoader(source.dataset, batch_size=source.batch_size, drop_last=source.drop_last, **kept)
     if _is_plain(source):
         items, size = len(source.dataset), source.batch_size  # type: ignore[arg-type]
         # A short last batch would be a noisier measurement than the others; torch refuses to shuffle nothing.
@@ -98,10 +104,10 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
         return DataLoader(source.dataset, batch_size=size, shuffle=items > 0, drop_last=drop_last, **kept)
     if source.batch_sampler is not None:
         with preserved(source.batch_sampler):
-            batches = list(source.batch_sampler)
+            batches = list(itertools.islice(source.batch_sampler, _LONGEST_EPOCH))
         return DataLoader(source.dataset, batch_sampler=batches, **kept)
     with preserved(source.sampler):
-        order = list(source.sampler)
+        order = list(itertools.islice(source.sampler, _LONGEST_EPOCH))
     return DataLoader(source.dataset, batch_size=None, sampler=order, **kept)
 
 

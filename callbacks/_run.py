@@ -73,10 +73,10 @@ class Run:
         self._attachments: list[Attachment] = []
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
-        loader, index, several = _hyper_validation_data(trainer, settings)
+        loader, index = _hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
-        self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)
+        self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index)
         try:
             self._attach(trainer.optimizers)
             self._try_validation_loss(loader)
@@ -112,6 +112,8 @@ class Run:
         """A training batch has been trained on."""
         self._training_watch.stop()
         self.training_batches += 1
+        for attachment in self._attachments:
+            attachment.batch_ended()
         self.steps = max((a.steps for a in self._attachments), default=0)
 
     def update(self) -> Update:
@@ -194,8 +196,10 @@ class Run:
         """Fail at the start of fit and not `every_n_steps` later."""
         params = [p for a in self._attachments for g in a.optimizer.param_groups for p in g["params"]]
         batch = BatchStream(loader, self._settings.seed).next()
-        self._loss.gradient(batch, 0, [p for p in params if p.requires_grad], self._settings.seed)
-        self.gradients += 1
+        trained = [p for p in params if p.requires_grad]
+        if trained:  # everything may be frozen until a later epoch
+            self._loss.check(batch, trained, self._settings.seed)
+            self.gradients += 1
 
     def _update(self) -> Update:
         due = [a for a in self._attachments if a.pending]
@@ -253,21 +257,24 @@ class Run:
         labels = {}
         for i, attachment in enumerate(self._attachments):
             groups = attachment.optimizer.param_groups
+            names = [str(group.get("name", f"group_{at}")) for at, group in enumerate(groups)]
+            if len(set(names)) < len(names):
+                names = [f"group_{at}" for at in range(len(groups))]
             for at, mine in enumerate(attachment.layout()):
                 for key, hyperparameter in mine.items():
                     parts = [hyperparameter.name]
                     if len(self._attachments) > 1:
                         parts.append(f"optimizer_{i}")
                     if len(groups) > 1:
-                        parts.append(str(groups[at].get("name", f"group_{at}")))
+                        parts.append(names[at])
                     labels[key] = "/".join(parts)
         return labels
 
 
-def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int, bool]:
-    """The loader to tune on, its index among the Trainer's, and whether the Trainer has several."""
+def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int]:
+    """The loader to tune on and its index among the Trainer's."""
     if settings.val_dataloaders is not None:
-        return settings.val_dataloaders, 0, False
+        return settings.val_dataloaders, 0
     loaders = validation_loaders(trainer)
     if not loaders:
         raise ConfigurationError(
@@ -285,7 +292,7 @@ def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Ite
         "val_dataloaders= a split of its own (hypergrad.split makes one) to keep it so."
     )
     index = int(suffix) if suffix else 0
-    return loaders[index], index, len(loaders) > 1
+    return loaders[index], index
 
 
 def _check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:

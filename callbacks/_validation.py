@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from hypergrad import NotDifferentiableError, preserved, preserved_rng
+from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved, preserved_rng
 from hypergrad.callbacks._lightning import to_device
 
 # Reached from every LightningModule, and not its state.
@@ -32,7 +33,6 @@ class ValidationLoss:
         monitor: the key under which the module logs its validation loss.
         mode: `"min"` or `"max"`; a returned loss that was not logged can only be minimised.
         dataloader_idx: which of the Trainer's validation loaders the batches come from.
-        several: whether there is more than one, so that `validation_step` takes an index.
     """
 
     trainer: pl.Trainer
@@ -40,7 +40,6 @@ class ValidationLoss:
     monitor: str
     mode: str = "min"
     dataloader_idx: int = 0
-    several: bool = False
 
     def gradient(
         self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor], seed: int
@@ -52,38 +51,54 @@ class ValidationLoss:
         """
         with self._as_validation(params, seed) as logged:
             batch = to_device(self.trainer, self.module, batch, self.dataloader_idx)
-            args = [batch, batch_idx, *([self.dataloader_idx] if self._takes_dataloader_idx() else [])]
             with torch.inference_mode(False), torch.enable_grad():
                 with self.trainer.precision_plugin.val_step_context():
-                    output = self.module.validation_step(*args)
+                    output = self.module.validation_step(*self._arguments(batch, batch_idx))
                 loss = self._loss(logged, output)
-                scale = self._scale()
-                gradients = torch.autograd.grad(scale * loss, list(params), allow_unused=True, materialize_grads=True)
-        return loss.detach(), gradients if scale == 1.0 else tuple(g / scale for g in gradients)
+                # In float16 the gradients that flow back through the activations would underflow to 0; a power of
+                # two changes no digit.
+                scale = 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
+                gradients = gradient(loss, params, self.module, scale=scale)
+        return loss.detach(), gradients
 
-    def _scale(self) -> float:
-        # In float16 the gradients that flow back through the activations would underflow to 0; float32 and bfloat16
-        # have the range. A power of two changes no digit.
-        return 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
+    def check(self, batch: Any, params: Sequence[torch.Tensor], seed: int) -> None:
+        """Try it once, at the start: whatever cannot work is said now.
 
-    def _takes_dataloader_idx(self) -> bool:
+        Raises:
+            ConfigurationError: if `validation_step` changes parameters, which cannot be told from training.
+        """
+        before = [p.detach().clone() for p in self.module.parameters()]
+        self.gradient(batch, 0, params, seed)
+        for (name, p), old in zip(self.module.named_parameters(), before, strict=True):
+            if not torch.allclose(p.detach(), old, 0.0, 0.0, equal_nan=True):
+                with torch.no_grad():
+                    p.copy_(old)
+                raise ConfigurationError(
+                    f"{type(self.module).__name__} changes its parameter {name!r} when it is evaluated, in "
+                    "validation_step or on eval(): evaluations for hypergradients would change the training. Keep "
+                    "averaged or merged weights in buffers, or update them in on_validation_end."
+                )
+
+    def _arguments(self, batch: Any, batch_idx: int) -> list[Any]:
+        """What the user's signature asks for, as the validation loop passes it."""
         step = self.module.validation_step
-        return self.several and is_param_in_hook_signature(step, "dataloader_idx", min_args=3)
+        arguments = [batch]
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            arguments.append(batch_idx)
+        if is_param_in_hook_signature(step, "dataloader_idx", min_args=3):
+            arguments.append(self.dataloader_idx)
+        return arguments
 
     @contextmanager
     def _as_validation(self, params: Sequence[torch.Tensor], seed: int) -> Iterator[dict[str, Any]]:
         trainer, module, logged = self.trainer, self.module, dict[str, Any]()
-
-        def record(name: str, value: Any, *_: Any, **__: Any) -> None:
-            logged[name] = value
-
         with ExitStack() as stack:
             stack.enter_context(preserved_rng(seed))
             stack.enter_context(preserved(module, opaque=_OPAQUE))
             stack.callback(setattr, trainer.state, "stage", trainer.state.stage)
             trainer.validating = True
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
-            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+            trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
             for p in params:
                 if not p.requires_grad:  # toggled off by manual optimization
                     stack.callback(p.requires_grad_, False)
@@ -91,9 +106,27 @@ class ValidationLoss:
             if torch.cuda.is_available() and any(isinstance(m, torch.nn.RNNBase) for m in module.modules()):
                 # cuDNN's RNN kernels have a backward pass in train mode only.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            module.eval()
-            module.__dict__["log"] = record  # `preserved` takes it out again
+            self._record_logs(stack, logged)
+            if is_overridden("on_validation_model_eval", module):
+                module.on_validation_model_eval()
+                stack.callback(module.on_validation_model_train)
+            else:
+                module.eval()
+            if is_overridden("on_validation_epoch_start", module):  # where many modules make their lists
+                module.on_validation_epoch_start()
             yield logged
+
+    def _record_logs(self, stack: ExitStack, logged: dict[str, Any]) -> None:
+        """`self.log` writes into `logged`, and nowhere else; a module's own `log` still runs, down to Lightning's."""
+
+        def record(name: str, value: Any, *_: Any, **__: Any) -> None:
+            logged[name] = value
+
+        if type(self.module).log is pl.LightningModule.log:
+            self.module.__dict__["log"] = record  # `preserved` takes it out again
+            return
+        stack.callback(setattr, pl.LightningModule, "log", pl.LightningModule.log)
+        pl.LightningModule.log = lambda _, *args, **kwargs: record(*args, **kwargs)  # type: ignore[method-assign]
 
     def _loss(self, logged: dict[str, Any], output: Any) -> torch.Tensor:
         """The monitored value; what was returned stands in for it only where that is certain to be the same."""
@@ -139,6 +172,34 @@ class ValidationLoss:
             f"{name}.validation_step log the loss tensor itself, self.log({self.monitor!r}, loss), or monitor the key "
             "under which it is logged; accuracies, metric objects and Python numbers can stand beside it."
         )
+
+
+class _SilentLogger(DummyLogger):
+    """Takes what a module logs by hand and keeps it to itself; its name and folders are those of the real logger."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    def log_dir(self) -> Any:
+        return self._logger.log_dir
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return self._logger.root_dir
 
 
 def _same_number(logged: Any, returned: torch.Tensor) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import Dataset
 
 from hypergrad import ConfigurationError, Controller, Descent, Estimator, Online, OptimizerHyperparameter
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._run import Run, Settings
+
+Name = str | OptimizerHyperparameter
 
 
 class HyperGradient(pl.Callback):
@@ -25,6 +28,12 @@ class HyperGradient(pl.Callback):
     What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
     values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves; one that is 0 in
     some groups only is left at 0 there.
+
+    Held constant by a hypergradient: what user code does to the weights after the step (clamping, projections), and,
+    with several optimizers, the steps of the others.
+
+    Under `strategy="ddp"` every rank draws its own hyper-validation batches and all learn the same values; with
+    `"ddp_spawn"` and `"ddp_fork"`, `history` and `hyperparameters` stay in the processes that trained.
 
     Args:
         hyperparameters: names in the optimizer's param groups, `"lr"`, `"weight_decay"`, `"momentum"`,
@@ -47,7 +56,7 @@ class HyperGradient(pl.Callback):
 
     def __init__(
         self,
-        hyperparameters: Sequence[str | OptimizerHyperparameter] = ("lr", "weight_decay"),
+        hyperparameters: Name | Sequence[Name] = ("lr", "weight_decay"),
         *,
         estimator: Estimator | None = None,
         monitor: str = "val_loss",
@@ -61,13 +70,21 @@ class HyperGradient(pl.Callback):
             raise ConfigurationError(f"`every_n_steps` must be an integer of at least 1, but got {every_n_steps!r}.")
         if mode not in ("min", "max"):
             raise ConfigurationError(f"`mode` must be 'min' or 'max', but got {mode!r}.")
-        if isinstance(val_dataloaders, (list, tuple, dict)):
-            raise ConfigurationError(
-                f"`val_dataloaders` must be one DataLoader, but got a {type(val_dataloaders).__name__}: join the "
-                "datasets with torch.utils.data.ConcatDataset, or pass the one that hyperparameters are tuned on."
-            )
+        if not isinstance(monitor, str):
+            raise ConfigurationError(f"`monitor` must be the key of a logged value, but got {monitor!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ConfigurationError(f"`seed` must be an integer, but got {seed!r}.")
+        for name, value, kind in (("estimator", estimator, Estimator), ("controller", controller, Controller)):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigurationError(f"`{name}` must be an instance of {kind.__name__}, but got {value!r}.")
+        if not isinstance(hyperparameters, (str, OptimizerHyperparameter, Sequence)):
+            raise ConfigurationError(f"`hyperparameters` must be a sequence of names, but got {hyperparameters!r}.")
+        if val_dataloaders is not None:
+            _check_loader(val_dataloaders)
         self._settings = Settings(
-            hyperparameters=(hyperparameters,) if isinstance(hyperparameters, str) else tuple(hyperparameters),
+            hyperparameters=tuple(hyperparameters)
+            if isinstance(hyperparameters, Sequence) and not isinstance(hyperparameters, str)
+            else (hyperparameters,),
             estimator=estimator if estimator is not None else Online(),
             monitor=monitor,
             mode=mode,
@@ -126,7 +143,7 @@ class HyperGradient(pl.Callback):
         if self._run.is_due:
             update = self._run.update()
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if self._run.steps - self._logged_at >= every or not self._logged_at:
+            if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
                 self._logged_at = self._run.steps
                 self._write(trainer, pl_module, update)
 
@@ -142,6 +159,11 @@ class HyperGradient(pl.Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         """Leave the optimizers as they were found."""
         self._detach()
+        self._restored = None  # a checkpoint that was loaded to validate or test says nothing about the next fit
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a Trainer (hooks, loaders, the module) stays with it when the callback is copied or pickled.
+        return {**self.__dict__, "_run": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
@@ -163,6 +185,27 @@ class HyperGradient(pl.Callback):
         rates = [label for label in update.values if label.partition("/")[0] == "lr"]
         if rates and trainer.progress_bar_callback is not None:
             module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+
+
+def _check_loader(loader: Any) -> None:
+    kind = type(loader).__name__
+    if isinstance(loader, Dataset):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be a DataLoader, but got the dataset itself ({kind}): pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(loader, (list, tuple, dict, CombinedLoader)):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be one DataLoader, but got a {kind}: join the datasets with "
+            "torch.utils.data.ConcatDataset, or pass the one that hyperparameters are to be tuned on."
+        )
+    if not isinstance(loader, Iterable):
+        raise ConfigurationError(f"`val_dataloaders` must be a DataLoader, but got {loader!r}, which is not iterable.")
+    if isinstance(loader, Iterator):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be a DataLoader, but got {kind}, which can be read only once: pass the loader "
+            "itself, not iter(loader)."
+        )
 
 
 def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -3,6 +3,7 @@
 `hypergrad.callbacks` holds the Lightning callback; this package is the mathematics and needs torch only.
 """
 
+from hypergrad.autodiff import gradient
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.descent import Descent
 from hypergrad.controllers.hold import Hold
@@ -19,7 +20,7 @@ from hypergrad.estimators.online import Online
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
-from hypergrad.rng import RngStream, preserved_rng
+from hypergrad.rng import RngStream, generators_of, preserved_rng
 from hypergrad.transform import Identity, Log, Logit, Transform
 from hypergrad.tuner import Measurement, Outcome, Tuner
 
@@ -47,6 +48,8 @@ __all__ = [
     "Transform",
     "Tuner",
     "UnsupportedOptimizerError",
+    "generators_of",
+    "gradient",
     "hypergradient",
     "preserved",
     "preserved_rng",

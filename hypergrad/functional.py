@@ -8,13 +8,14 @@ from typing import Generic, TypeVar
 
 import torch
 
+from hypergrad.autodiff import gradient
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
-from hypergrad.optimizer.shadow import raw_step
 from hypergrad.rng import preserved_rng
+from hypergrad.torch_internals import raw_step
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 Loss = Callable[[ModelT], torch.Tensor]
@@ -93,7 +94,7 @@ def hypergradient(
                 "the parameters of this model, and do they require gradients?"
             )
         value = _scalar(val_loss(model), "val_loss")
-        gradients = torch.autograd.grad(value, list(tracker.params), allow_unused=True, materialize_grads=True)
+        gradients = gradient(value, tracker.params, model)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
     scales = {name: norms * contraction.gradient_norms for name, norms in contraction.tangent_norms.items()}
     return HypergradientResult(

@@ -43,7 +43,8 @@ class OptimizerHyperparameter:
         transform: the coordinate in which it moves. Default: logarithm, or logit for fractions (`momentum`,
             `betas[i]`, `alpha`, `rho`, `dampening`).
         lower, upper: learning never carries the value outside `[lower, upper]`; a start outside is kept and
-            may only move inwards. With a transform of your own, unbounded unless given.
+            may only move inwards. Entries that torch's optimizers do not have are unbounded under a transform of
+            your own.
         floor: where learning starts if the user's value is exactly 0, whose logarithm does not exist. Default:
             1e-5 for `weight_decay`, 0.01 for fractions; none for `lr`, which stays at a scheduled 0.
 
@@ -61,16 +62,26 @@ class OptimizerHyperparameter:
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        match = _NAME.fullmatch(self.name)
+        match = _NAME.fullmatch(self.name) if isinstance(self.name, str) else None
         if match is None:
             raise HyperparameterError(
                 f"A hyperparameter is named by its key in the optimizer's param groups, such as 'lr' or 'betas[0]', "
                 f"but got {self.name!r}."
             )
-        # The default domain belongs to the default coordinate.
-        defaults = _DEFAULTS.get(match["key"], _FALLBACK) if self.transform is None else (self.transform, *[None] * 3)
-        for field, default in zip(("transform", "lower", "upper", "floor"), defaults, strict=True):
-            if getattr(self, field) is None:
+        if self.transform is not None and not isinstance(self.transform, Transform):
+            raise HyperparameterError(
+                f"`transform` must be a Transform such as Log() or Identity(), but got {self.transform!r}."
+            )
+        for field in ("lower", "upper", "floor"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, (int, float)):
+                raise HyperparameterError(f"`{field}` must be a number, but got {field}={value!r} for {self.name!r}.")
+        known = self.transform is None or match["key"] in _DEFAULTS
+        transform, *domain = _DEFAULTS.get(match["key"], _FALLBACK)
+        object.__setattr__(self, "transform", self.transform or transform)
+        for field, default in zip(("lower", "upper", "floor"), domain, strict=True):
+            # The usual domain of a known hyperparameter holds in any coordinate that can express it.
+            if getattr(self, field) is None and known and default is not None and self._is_inside(default):
                 object.__setattr__(self, field, default)
         if not self.bounds[0] < self.bounds[1]:
             raise HyperparameterError(
@@ -145,7 +156,8 @@ class OptimizerHyperparameter:
 
 
 def resolve(
-    optimizer: torch.optim.Optimizer, hyperparameters: Iterable[str | OptimizerHyperparameter]
+    optimizer: torch.optim.Optimizer,
+    hyperparameters: str | OptimizerHyperparameter | Iterable[str | OptimizerHyperparameter],
 ) -> tuple[OptimizerHyperparameter, ...]:
     """Turn names into hyperparameters and check that this optimizer has every one of them.
 
@@ -153,7 +165,7 @@ def resolve(
         HyperparameterError: for an unknown, repeated or non-numeric entry, or no entry at all; the message
             lists what the optimizer offers.
     """
-    if isinstance(hyperparameters, str):
+    if isinstance(hyperparameters, (str, OptimizerHyperparameter)):
         hyperparameters = (hyperparameters,)
     resolved = tuple(h if isinstance(h, OptimizerHyperparameter) else _from_name(h) for h in hyperparameters)
     names = [h.name for h in resolved]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
 @contextmanager
@@ -28,16 +33,17 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 
 class RngState:
-    """The state of every global RNG stream that training code draws from."""
+    """The state of every global RNG stream that training code draws from, and of further generators."""
 
-    def __init__(self, cpu: torch.Tensor, cuda: torch.Tensor | None, numpy: Any, python: Any) -> None:
-        self._cpu, self._cuda, self._numpy, self._python = cpu, cuda, numpy, python
+    def __init__(self, cpu: torch.Tensor, cuda: torch.Tensor | None, numpy: Any, python: Any, others: Any) -> None:
+        self._cpu, self._cuda, self._numpy, self._python, self._others = cpu, cuda, numpy, python, others
 
     @classmethod
-    def capture(cls) -> RngState:
+    def capture(cls, generators: Sequence[Generator] = ()) -> RngState:
         """The streams as they stand; CUDA only once it is in use, which capturing must not start."""
         cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
+        others = [(generator, _get_state(generator)) for generator in generators]
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), others)
 
     def restore(self) -> None:
         """Make the streams continue from here."""
@@ -46,9 +52,11 @@ class RngState:
             torch.cuda.set_rng_state(self._cuda)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
+        for generator, state in self._others:
+            _set_state(generator, state)
 
     @staticmethod
-    def seed(seed: int) -> None:
+    def seed(seed: int, generators: Sequence[Generator] = ()) -> None:
         """Start every stream from one seed."""
         # torch.manual_seed would also queue a seed for a CUDA context that does not exist yet.
         torch.default_generator.manual_seed(seed)
@@ -56,35 +64,99 @@ class RngState:
             torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+        for generator in generators:
+            _seed(generator, seed)
 
 
 class RngStream:
-    """A private set of RNG streams: code run inside `active()` draws from them and not from the global ones."""
+    """A private set of RNG streams: code run inside `active()` draws from them and not from the global ones.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: where the private streams start.
+        generators: further random generators (of torch, NumPy or Python) to be swapped along with the global ones.
+    """
+
+    def __init__(self, seed: int, generators: Sequence[Generator] = ()) -> None:
         self._active = False
+        self._generators = tuple(generators)
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
         """Start the private streams anew; inside `active()` too."""
         if self._active:
-            RngState.seed(seed)
+            RngState.seed(seed, self._generators)
             return
-        with preserved_rng(seed):
-            self._state = RngState.capture()
+        outer = RngState.capture(self._generators)
+        try:
+            RngState.seed(seed, self._generators)
+            self._state = RngState.capture(self._generators)
+        finally:
+            outer.restore()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Swap the private streams in, and the global ones back at the end. Does not nest."""
-        outer = RngState.capture()
+        outer = RngState.capture(self._generators)
         self._state.restore()
         self._active = True
         try:
             yield
         finally:
             self._active = False
-            self._state = RngState.capture()
+            self._state = RngState.capture(self._generators)
             outer.restore()
+
+
+def generators_of(root: object, limit: int = 10_000) -> list[Generator]:
+    """Random generators that attributes, lists, tuples and dicts lead to from an object, such as a dataset's own.
+
+    Args:
+        root: where to start.
+        limit: stop after this many objects, so that data kept in Python lists is not searched item by item.
+    """
+    found: list[Generator] = []
+    queue, seen = deque([root]), {id(root)}
+    while queue and len(seen) < limit:
+        value = queue.popleft()
+        if isinstance(value, Generator):
+            found.append(value)
+            continue
+        children: Iterable[object] = ()
+        if isinstance(value, dict):
+            children = value.values()
+        elif isinstance(value, (list, tuple)):
+            children = value
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, torch.Tensor)):
+            children = vars(value).values()
+        for child in itertools.islice(children, limit):
+            if id(child) not in seen and not isinstance(child, (str, bytes, int, float)):
+                seen.add(id(child))
+                queue.append(child)
+    return found
+
+
+def _get_state(generator: Generator) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Generator, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _seed(generator: Generator, seed: int) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    else:
+        generator.seed(seed % 2**32)
 
 
 def _cuda_in_use() -> bool:

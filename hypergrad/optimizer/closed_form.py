@@ -38,7 +38,7 @@ def lr_from_difference(optimizer: torch.optim.Optimizer, group: ParamGroup, lr: 
     lr = 1000 eps (1.2e-4 in float32) on, and not in half precision. Elsewhere the general derivative costs a little
     more and loses nothing.
     """
-    if type(optimizer) not in _NORMALIZED:
+    if type(optimizer) not in _NORMALIZED or group.get("eps", 0.0) > 1e-6:
         return False
     return all(p.is_floating_point() and lr >= 1e3 * torch.finfo(p.dtype).eps for p in group["params"])
 

@@ -1,8 +1,4 @@
-"""A second optimizer of the same class on other tensors: what lets us try a step without taking it.
-
-The one file that relies on how `torch.optim.Optimizer` is built inside (`step.hooked`, `step.__wrapped__`);
-`tests/hypergrad/optimizer/test_shadow.py` breaks when that moves.
-"""
+"""A second optimizer of the same class on other tensors: what lets us try a step without taking it."""
 
 from __future__ import annotations
 
@@ -60,11 +56,3 @@ def single_tensor_group(group: ParamGroup, params: list[torch.Tensor]) -> ParamG
     settings = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
     settings.update({key: value for key, value in _SINGLE_TENSOR.items() if key in settings})
     return {**settings, "params": params}
-
-
-def raw_step(optimizer: torch.optim.Optimizer) -> None:
-    """Run the optimizer's own `step()` without per-instance, global or profiling hooks."""
-    step: Any = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__
-    step(optimizer)

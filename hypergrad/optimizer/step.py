@@ -18,7 +18,8 @@ from hypergrad.errors import UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
 from hypergrad.optimizer.closed_form import is_linear_in_lr
 from hypergrad.optimizer.dual import TangentMode, dual, dual_level, tangent
-from hypergrad.optimizer.shadow import raw_step, shadow, single_tensor_group
+from hypergrad.optimizer.shadow import shadow, single_tensor_group
+from hypergrad.torch_internals import raw_step
 
 State = dict[str, Any]
 Tangents = Mapping[torch.Tensor, torch.Tensor]

@@ -16,9 +16,10 @@ import torch
 
 from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.optimizer.shadow import raw_step, shadow, single_tensor_group
+from hypergrad.optimizer.shadow import shadow, single_tensor_group
 from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step
 from hypergrad.rng import preserved_rng
+from hypergrad.torch_internals import raw_step
 
 _WARM_UP = 8  # RAdam's rectified branch starts at step 6 with its default betas
 _TOLERANCE = 1e-3  # a lost term shows as an error of order one
@@ -53,9 +54,10 @@ def _untouched(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        moved = [p for p, old in zip(params, before, strict=True) if not torch.equal(p.detach(), old)]
+        pairs = list(zip(params, before, strict=True))
+        moved = [p for p, old in pairs if not torch.allclose(p.detach(), old, 0.0, 0.0, equal_nan=True)]
         with torch.no_grad():
-            for p, old in zip(params, before, strict=True):
+            for p, old in pairs:
                 p.copy_(old)
         if moved:
             raise UnsupportedOptimizerError(
@@ -65,32 +67,88 @@ def _untouched(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 class _Problem:
-    """A matrix parameter that has taken a few steps under the settings of one param group."""
+    """A small optimizer of the same class that has taken a few steps under the settings of one param group."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: ParamGroup) -> None:
         self._name = type(optimizer).__name__
         self._optimizer = optimizer
+        self._group = group
+        self._shapes: list[tuple[int, ...]] = [(4, 3), (3,)]
         try:
-            self._prepare(group, [(4, 3), (3,)])
+            self._twin = self._warmed_up()
         except UnsupportedOptimizerError:
-            self._prepare(group, [(4, 3)])  # Muon and its like take matrices only
+            self._shapes = [(4, 3)]  # Muon and its like take matrices only
+            self._twin = self._warmed_up()
+        self._params: list[torch.Tensor] = self._twin.param_groups[0]["params"]
+        self._check_reproducible()
 
-    def _prepare(self, group: ParamGroup, shapes: list[tuple[int, ...]]) -> None:
+    def _warmed_up(self, groups: int = 1) -> torch.optim.Optimizer:
+        """The same optimizer at every call: same parameters, same gradients, at the same step, about to step again."""
         generator = torch.Generator().manual_seed(0)
-        self._params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-        settings = single_tensor_group(_detached(group), self._params)
-        self._twin = shadow(self._optimizer, [settings | _plain(settings)], {})
-        with torch.no_grad():
-            for _ in range(_WARM_UP):
-                self._new_gradients(generator)
-                self._step(self._twin)
-            self._new_gradients(generator)
+        settings = []
+        for _ in range(groups):
+            params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self._shapes]
+            settings.append(single_tensor_group(_detached(self._group), params) | _plain(self._group))
+        twin = shadow(self._optimizer, settings, {})
+        for step in range(_WARM_UP + 1):
+            for p in (p for group in twin.param_groups for p in group["params"]):
+                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if step < _WARM_UP:
+                self._step(twin)
+        return twin
+
+    def _check_reproducible(self) -> None:
+        """A step on copies of parameters and state must be the step that the optimizer itself would take."""
+        real = self._warmed_up()
+        copied = self._parameters_after(None, 0.0)
+        self._step(real)
+        if not _close(copied, real.param_groups[0]["params"]):
+            raise UnsupportedOptimizerError(
+                f"{self._name} keeps state outside `state[parameter]`, so its step cannot be tried on copies. Keep "
+                "momentum, counters and the like in `self.state[p]`, or use another optimizer."
+            )
+
+    def _check_alone(self, hyperparameter: OptimizerHyperparameter, value: float, where: str) -> None:
+        """With several param groups, the hyperparameter of one must not act on the parameters of another."""
+        here, there = self._warmed_up(groups=2), self._warmed_up(groups=2)
+        hyperparameter.write(there.param_groups[0], value)
+        for twin in (here, there):
+            self._step(twin)
+        if not _close(here.param_groups[1]["params"], there.param_groups[1]["params"]):
+            raise UnsupportedOptimizerError(
+                f"In {where}, {hyperparameter.name!r} of one param group acts on the parameters of another: there is "
+                f"no hypergradient per group. Use one param group, or leave {hyperparameter.name!r} out."
+            )
+
+    def _check_read_late(
+        self, hyperparameter: OptimizerHyperparameter, value: float, expected: list[torch.Tensor]
+    ) -> None:
+        """Learned values are written when the gradients are there, so they must be read after the closure has run."""
+        twin, called = self._warmed_up(), []
+
+        def closure() -> float:
+            called.append(True)
+            hyperparameter.write(twin.param_groups[0], value)
+            return 0.0
+
+        try:
+            with torch.no_grad():
+                raw_step(twin, closure)
+        except Exception:
+            return  # it takes no closure, or makes more of it than a value to return
+        if called and not _close(twin.param_groups[0]["params"], expected):
+            raise UnsupportedOptimizerError(
+                f"{self._name} reads {hyperparameter.name!r} before it runs the closure, so a learned value would come "
+                "too late: read the param groups after `loss = closure()`, as torch's own optimizers do."
+            )
 
     def check(self, hyperparameter: OptimizerHyperparameter) -> None:
         value = hyperparameter.read(self._twin.param_groups[0])
         where = f"{self._name} at {hyperparameter.name}={value:g}"
         moved = self._derivative(hyperparameter, where)
         step = _difference_step(value)
+        if len(self._optimizer.param_groups) > 1:
+            self._check_alone(hyperparameter, value + step, where)
         up, down = (self._parameters_after(hyperparameter, value + sign * step) for sign in (1.0, -1.0))
         expected = torch.cat([((u - d) / (2 * step)).reshape(-1) for u, d in zip(up, down, strict=True)])
         actual = torch.cat([moved.get(p, torch.zeros_like(p)).reshape(-1) for p in self._params])
@@ -108,6 +166,7 @@ class _Problem:
                 "(the step computes it outside torch's differentiable operations, or in low precision). "
                 f"Leave {hyperparameter.name!r} out and learn the others, or use another optimizer."
             )
+        self._check_read_late(hyperparameter, value + step, up)
 
     def _derivative(self, hyperparameter: OptimizerHyperparameter, where: str) -> dict[torch.Tensor, torch.Tensor]:
         direction = Direction(hyperparameters={(0, hyperparameter): 1.0})
@@ -123,29 +182,31 @@ class _Problem:
                 f"{type(error).__name__}: {error}. Leave it out, or start from a value that switches it on."
             ) from error
 
-    def _parameters_after(self, hyperparameter: OptimizerHyperparameter, value: float) -> list[torch.Tensor]:
+    def _parameters_after(self, hyperparameter: OptimizerHyperparameter | None, value: float) -> list[torch.Tensor]:
         params = [p.clone() for p in self._params]
         for clone, p in zip(params, self._params, strict=True):
-            clone.grad = p.grad
+            clone.grad = None if p.grad is None else p.grad.clone()
         group = {**copy.deepcopy(_detached(self._twin.param_groups[0])), "params": params}
-        hyperparameter.write(group, value)
+        if hyperparameter is not None:
+            hyperparameter.write(group, value)
         state = {c: copy.deepcopy(self._twin.state[p]) for c, p in zip(params, self._params, strict=True)}
-        with torch.no_grad():
-            self._step(shadow(self._optimizer, [group], state), f" with {hyperparameter.name}={value:g}")
+        setting = "" if hyperparameter is None else f" with {hyperparameter.name}={value:g}"
+        self._step(shadow(self._twin, [group], state), setting)
         return params
 
     def _step(self, optimizer: torch.optim.Optimizer, setting: str = "") -> None:
         try:
-            raw_step(optimizer)
+            with torch.no_grad():
+                raw_step(optimizer)
         except Exception as error:
             raise UnsupportedOptimizerError(
                 f"The step of {self._name}{setting} could not be tried on a problem of 15 numbers, as is done before "
                 f"anything is learned: {type(error).__name__}: {error}."
             ) from error
 
-    def _new_gradients(self, generator: torch.Generator) -> None:
-        for p in self._params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+def _close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
 def _detached(group: ParamGroup) -> ParamGroup:

@@ -1,0 +1,49 @@
+"""The gradient of a validation loss, or a clear word on why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hypergrad.errors import NotDifferentiableError
+from hypergrad.torch_internals import without_gradient_hooks
+
+
+def gradient(
+    loss: torch.Tensor, params: Sequence[torch.Tensor], module: torch.nn.Module | None = None, *, scale: float = 1.0
+) -> tuple[torch.Tensor, ...]:
+    """d(loss)/d(params), zero where the loss does not depend on a parameter; `.grad` is not touched.
+
+    Hooks on parameters and on the module that change gradients (clamping, scaling) do not run: they belong to the
+    training step, and the validation loss does not know of them.
+
+    Args:
+        loss: a scalar with a graph.
+        params: tensors that require a gradient.
+        module: whose backward hooks are to be left out as well.
+        scale: the loss is multiplied by it and the gradient divided: keeps float16 from underflow.
+
+    Raises:
+        NotDifferentiableError: if the graph holds a reentrant checkpoint, through which no such gradient flows.
+    """
+    _refuse_reentrant_checkpoints(loss)
+    with without_gradient_hooks(params, module):
+        gradients = torch.autograd.grad(scale * loss, list(params), allow_unused=True, materialize_grads=True)
+    return gradients if scale == 1.0 else tuple(g / scale for g in gradients)
+
+
+def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:
+    # Parameters used inside a reentrant checkpoint are no inputs of its node: autograd.grad would miss their part.
+    queue, seen = [loss.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise NotDifferentiableError(
+                "The validation loss goes through a reentrant activation checkpoint, which hides parameters from "
+                "autograd: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        queue.extend(parent for parent, _ in node.next_functions)

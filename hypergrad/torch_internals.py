@@ -1,0 +1,46 @@
+"""The one file that uses what torch does not document.
+
+`tests/hypergrad/test_torch_internals.py` breaks when one of these attributes moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def raw_step(optimizer: torch.optim.Optimizer, *closure: Any) -> None:
+    """Run the optimizer's own `step()` without per-instance, global or profiling hooks.
+
+    Uses `step.hooked` and `step.__wrapped__`: torch wraps the method in one that runs the hooks.
+    """
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer, *closure)
+
+
+@contextmanager
+def without_gradient_hooks(tensors: Iterable[torch.Tensor], module: torch.nn.Module | None = None) -> Iterator[None]:
+    """Differentiate the loss itself: hooks that change gradients on their way belong to training.
+
+    Uses `Tensor._backward_hooks`, `Module._backward_hooks` and `Module._backward_pre_hooks`: there is no public way
+    to suspend hooks that somebody else registered.
+    """
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    modules = [m for m in module.modules() if m._backward_hooks or m._backward_pre_hooks] if module is not None else []
+    saved = [(m, m._backward_hooks, m._backward_pre_hooks) for m in modules]
+    try:
+        for tensor, _ in hooked:
+            tensor._backward_hooks = None
+        for m, hooks, pre_hooks in saved:
+            m._backward_hooks, m._backward_pre_hooks = type(hooks)(), type(pre_hooks)()
+        yield
+    finally:
+        for tensor, tensor_hooks in hooked:
+            tensor._backward_hooks = tensor_hooks
+        for m, hooks, pre_hooks in saved:
+            m._backward_hooks, m._backward_pre_hooks = hooks, pre_hooks
