@@ -73,10 +73,10 @@ class Run:
         self._attachments: list[Attachment] = []
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
-        loader, index = _hyper_validation_data(trainer, settings)
+        loader, index, several = _hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
-        self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index)
+        self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)
         try:
             self._attach(trainer.optimizers)
             self._try_validation_loss(loader)
@@ -271,10 +271,10 @@ class Run:
         return labels
 
 
-def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int]:
-    """The loader to tune on and its index among the Trainer's."""
+def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int, bool]:
+    """The loader to tune on, its index among the Trainer's, and whether the Trainer has several."""
     if settings.val_dataloaders is not None:
-        return settings.val_dataloaders, 0
+        return settings.val_dataloaders, 0, False
     loaders = validation_loaders(trainer)
     if not loaders:
         raise ConfigurationError(
@@ -292,7 +292,7 @@ def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Ite
         "val_dataloaders= a split of its own (hypergrad.split makes one) to keep it so."
     )
     index = int(suffix) if suffix else 0
-    return loaders[index], index
+    return loaders[index], index, len(loaders) > 1
 
 
 def _check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:

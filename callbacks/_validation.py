@@ -33,6 +33,7 @@ class ValidationLoss:
         monitor: the key under which the module logs its validation loss.
         mode: `"min"` or `"max"`; a returned loss that was not logged can only be minimised.
         dataloader_idx: which of the Trainer's validation loaders the batches come from.
+        several: whether the Trainer has more than one.
     """
 
     trainer: pl.Trainer
@@ -40,6 +41,7 @@ class ValidationLoss:
     monitor: str
     mode: str = "min"
     dataloader_idx: int = 0
+    several: bool = False
 
     def gradient(
         self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor], seed: int
@@ -85,7 +87,8 @@ class ValidationLoss:
         arguments = [batch]
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
             arguments.append(batch_idx)
-        if is_param_in_hook_signature(step, "dataloader_idx", min_args=3):
+        named = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
+        if named or (self.several and is_param_in_hook_signature(step, "dataloader_idx", min_args=3)):
             arguments.append(self.dataloader_idx)
         return arguments
 

@@ -46,6 +46,11 @@ class Anything(Net):
         self.log("val_loss", self.loss(args[0]))
 
 
+class ThirdArgument(Net):
+    def validation_step(self, batch: Any, batch_idx: int, stage: str = "val") -> Any:
+        self.log(f"{stage}_loss", self.loss(batch))
+
+
 class Prefixes(Net):
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         super().log(f"all/{name}", *args, **kwargs)
@@ -75,7 +80,7 @@ class ParameterHooks(Net):
             p.register_hook(lambda g: g * 1000.0)
 
 
-@pytest.mark.parametrize("kind", [OnlyBatch, Anything, MakesListsAtEpochStart, WritesFiles])
+@pytest.mark.parametrize("kind", [OnlyBatch, ThirdArgument, Anything, MakesListsAtEpochStart, WritesFiles])
 def test_gives_the_hypergradients_of_the_plain_module(tmp_path: Path, kind: type[Net]) -> None:
     logger = TensorBoardLogger(tmp_path)
     expected = _fit(Net(), tmp_path).history
