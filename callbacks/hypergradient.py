@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import Dataset
 
-from hypergrad import ConfigurationError, Controller, Descent, Estimator, Online, OptimizerHyperparameter
+from hypergrad import Cautious, ConfigurationError, Controller, Descent, Estimator, Online, OptimizerHyperparameter
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._run import Run, Settings
 
@@ -45,7 +45,7 @@ class HyperGradient(pl.Callback):
             once that the monitored number is then no longer held out.
         every_n_steps: optimizer steps between two hypergradients, at least 1. Where one batch makes several steps
             (manual optimization), the last of them is measured.
-        controller: turns hypergradients into moves. Default: `Descent()`; `Hold()` only measures.
+        controller: turns hypergradients into moves. Default: `Cautious(Descent())`; `Hold()` only measures.
         seed: fixes the order of hyper-validation batches and the randomness of their evaluation.
 
     Raises:
@@ -90,7 +90,7 @@ class HyperGradient(pl.Callback):
             mode=mode,
             val_dataloaders=val_dataloaders,
             every_n_steps=every_n_steps,
-            controller=controller if controller is not None else Descent(),
+            controller=controller if controller is not None else Cautious(Descent()),
             seed=seed,
         )
         self._run: Run | None = None

@@ -5,6 +5,7 @@
 
 from hypergrad.autodiff import gradient
 from hypergrad.controllers.base import Controller, Reading
+from hypergrad.controllers.cautious import Cautious
 from hypergrad.controllers.descent import Descent
 from hypergrad.controllers.hold import Hold
 from hypergrad.data import split
@@ -25,6 +26,7 @@ from hypergrad.transform import Identity, Log, Logit, Transform
 from hypergrad.tuner import Measurement, Outcome, Tuner
 
 __all__ = [
+    "Cautious",
     "ConfigurationError",
     "Contraction",
     "Controller",

@@ -165,4 +165,4 @@ def _reading(measurement: Measurement) -> Reading:
     value = hyperparameter.start(measurement.value) or 0.0
     slope = measurement.hypergradient * hyperparameter.coordinate.slope(value)
     cosine = measurement.hypergradient / measurement.scale if measurement.scale > 0.0 else 0.0
-    return Reading(measurement.key, slope=slope, cosine=max(-1.0, min(1.0, cosine)))
+    return Reading(measurement.key, slope=slope, cosine=max(-1.0, min(1.0, cosine)), name=hyperparameter.name)

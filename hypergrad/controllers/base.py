@@ -16,11 +16,13 @@ class Reading:
         key: identifies the coordinate along the run.
         slope: d(objective)/du, finite; the objective is to be made smaller.
         cosine: the cosine between the gradient of the objective and d(parameters)/du, in [-1, 1].
+        name: the hyperparameter's name, such as `"lr"` or `"betas[0]"`.
     """
 
     key: str
     slope: float
     cosine: float
+    name: str = ""
 
 
 class Controller(ABC):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from hypergrad import Descent, Hold, Reading
+from hypergrad import Cautious, ConfigurationError, Controller, Descent, Hold, Reading
 
 
 def _drive(descent: Descent, cosines: list[float]) -> list[float]:
@@ -65,6 +67,45 @@ def test_state_dict_continues_exactly_and_does_not_share_memory() -> None:
     _drive(first, cosines)
     second.load_state_dict(state)
     assert start + _drive(second, cosines[13:]) == whole
+
+
+class Push(Controller):
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def moves(self, readings: Sequence[Reading]) -> list[float]:
+        return [self.by] * len(readings)
+
+
+@pytest.mark.parametrize(("name", "by", "late"), [("lr", 0.5, 0.15), ("lr", -0.5, -0.5), ("weight_decay", 0.5, 0.5)])
+def test_cautious_slows_the_late_growth_of_lr_only(name: str, by: float, late: float) -> None:
+    cautious = Cautious(Push(by), free=3, slowdown=0.3)
+    moves = [cautious.moves([Reading("k", 1.0, 1.0, name)])[0] for _ in range(5)]
+    assert moves == pytest.approx([by, by, by, late, late])
+
+
+def test_cautious_on_noise_drifts_down_and_not_up() -> None:
+    noise, cautious = random.Random(0), Cautious(Descent())
+    moves = [cautious.moves([Reading("k", 1.0, noise.gauss(0.0, 0.1), "lr")])[0] for _ in range(2000)]
+    assert sum(moves) < 0.0
+
+
+def test_cautious_continues_from_its_state() -> None:
+    def moves(cautious: Cautious, start: int, stop: int) -> list[float]:
+        return [cautious.moves([Reading("k", 1.0, math.sin(i), "lr")])[0] for i in range(start, stop)]
+
+    whole, first, second = (Cautious(Descent(), free=10) for _ in range(3))
+    start = moves(first, 0, 8)
+    second.load_state_dict(first.state_dict())
+    assert start + moves(second, 8, 30) == moves(whole, 0, 30)
+
+
+@pytest.mark.parametrize("settings", [{"free": -1}, {"free": 1.5}, {"slowdown": 1.1}, {"slowdown": math.nan}])
+def test_bad_settings_of_cautious_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="but got"):
+        Cautious(Descent(), **settings)
+    with pytest.raises(ConfigurationError, match="instance of Controller"):
+        Cautious("descent")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 2.1, math.nan, math.inf])
