@@ -10,7 +10,7 @@ import torch
 from hypergrad.errors import HypergradError
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.optimizer.closed_form import decay_is_decoupled, lr_from_difference
+from hypergrad.optimizer.rules import decay_is_decoupled, lr_from_difference
 from hypergrad.optimizer.step import Direction, differentiate_step, stepped_params
 from hypergrad.optimizer.verify import verify
 

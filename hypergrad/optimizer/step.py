@@ -16,31 +16,14 @@ import torch
 
 from hypergrad.errors import UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.optimizer.closed_form import is_linear_in_lr
 from hypergrad.optimizer.dual import TangentMode, dual, dual_level, tangent
+from hypergrad.optimizer.rules import ELEMENTWISE, is_linear_in_lr
 from hypergrad.optimizer.shadow import shadow, single_tensor_group
 from hypergrad.torch_internals import raw_step
 
 State = dict[str, Any]
 Tangents = Mapping[torch.Tensor, torch.Tensor]
 
-# Rules that treat every element of a tensor alike: many tensors may be packed into one, which makes the cost of
-# a step independent of how many tensors the model has. Matched by exact class: a subclass may do otherwise.
-ELEMENTWISE = frozenset(
-    {
-        torch.optim.SGD,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.RMSprop,
-        torch.optim.Adagrad,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.Adamax,
-        torch.optim.Adadelta,
-        torch.optim.ASGD,
-        torch.optim.Rprop,
-    }
-)
 # State that torch keeps as one number per tensor; the names decide only for parameters that are scalars themselves.
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 # Closures that re-evaluate the loss, and sparse gradients: neither is one map from (s, g) to s'.

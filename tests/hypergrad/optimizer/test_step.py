@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hypergrad import OptimizerHyperparameter, UnsupportedOptimizerError
-from hypergrad.optimizer.step import ELEMENTWISE, Direction, StepTangents, check_optimizer, differentiate_step
+from hypergrad.optimizer.rules import ELEMENTWISE
+from hypergrad.optimizer.step import Direction, StepTangents, check_optimizer, differentiate_step
 from tests.hypergrad.cells import CELLS, Cell, Problem
 
 _PACKABLE = [c for c in CELLS if c.optimizer in ELEMENTWISE]

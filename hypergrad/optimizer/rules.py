@@ -1,4 +1,4 @@
-"""Update rules whose derivative needs no second look at the step.
+"""What is known of torch's own update rules, so that their derivatives cost less.
 
 Every entry holds for all flags of its class and is tested equal to the general derivative. Matched by exact class:
 a subclass may compute something else.
@@ -24,6 +24,9 @@ _LINEAR_IN_LR = frozenset(
         torch.optim.Adadelta,
     }
 )
+# Rules that treat every element of a tensor alike: many tensors may be packed into one, which makes the cost of a step
+# independent of how many tensors the model has.
+ELEMENTWISE = _LINEAR_IN_LR | {torch.optim.ASGD, torch.optim.Rprop}
 # Of these, the rules whose steps have elements of about the size of lr whatever the size of the gradient.
 _NORMALIZED = frozenset(
     {torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax, torch.optim.RMSprop}
