@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as pl
@@ -83,12 +84,13 @@ class ValidationLoss:
 
     def _arguments(self, batch: Any, batch_idx: int) -> list[Any]:
         """What the user's signature asks for, as the validation loop passes it."""
-        step = self.module.validation_step
+        takes_batch_idx, takes_dataloader_idx = _signature(
+            getattr(self.module.validation_step, "__func__", self.module.validation_step), self.several
+        )
         arguments = [batch]
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        if takes_batch_idx:
             arguments.append(batch_idx)
-        named = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
-        if named or (self.several and is_param_in_hook_signature(step, "dataloader_idx", min_args=3)):
+        if takes_dataloader_idx:
             arguments.append(self.dataloader_idx)
         return arguments
 
@@ -203,6 +205,14 @@ class _SilentLogger(DummyLogger):
     @property
     def root_dir(self) -> Any:
         return self._logger.root_dir
+
+
+@lru_cache(maxsize=8)  # inspecting a signature costs more than a small network's forward pass
+def _signature(step: Callable[..., Any], several: bool) -> tuple[bool, bool]:
+    """Whether `validation_step` takes `batch_idx`, and `dataloader_idx`."""
+    named = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
+    third = several and is_param_in_hook_signature(step, "dataloader_idx", min_args=3)
+    return is_param_in_hook_signature(step, "batch_idx", min_args=2), named or third
 
 
 def _same_number(logged: Any, returned: torch.Tensor) -> bool:

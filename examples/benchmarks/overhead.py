@@ -139,6 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved repeats after one warm-up (default 9)")
+    parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure")
+    parser.add_argument("--task", default="", help="only tasks whose name starts with this")
     parser.add_argument("--steps", type=int, help="steps of each fit (default: by task)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`).*")
@@ -146,16 +148,17 @@ def main() -> None:
     cuda = arguments.device == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; median of {arguments.rounds} rounds (min-max)")
-    print(f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}':>20}" for n in EVERY))
-    for task in tasks(cuda):
+    print(f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}':>20}" for n in arguments.every))
+    for task in (t for t in tasks(cuda) if t.name.startswith(arguments.task)):
         if arguments.steps:
             task = Task(task.name, task.net, task.data, task.batch_size, arguments.steps)
         rounds = [
-            [fit(task, every, arguments.device) for every in (None, *EVERY)] for _ in range(arguments.rounds + 1)
+            [fit(task, every, arguments.device) for every in (None, *arguments.every)]
+            for _ in range(arguments.rounds + 1)
         ][1:]
         plain = statistics.median(r[0] for r in rounds) / task.steps
         cells = []
-        for i in range(1, len(EVERY) + 1):
+        for i in range(1, len(arguments.every) + 1):
             ratios = [r[i] / r[0] for r in rounds]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
         print(f"{task.name:22}{1e3 * plain:9.2f} ms" + "".join(f"{cell:>20}" for cell in cells), flush=True)
