@@ -50,7 +50,7 @@ class Everything(torch.nn.Module):
         self.generator = torch.Generator().manual_seed(0)
         self.numpy_rng = np.random.default_rng(0)
         self.python_rng = random.Random(0)
-        self.library = types
+        self.imported = types
 
     def mess_up(self) -> None:
         self.train(not self.training)
