@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from hypergrad import ConfigurationError, RngStream, generators_of, preserved
+from hypergrad import ConfigurationError, generators_of, preserved, preserved_rng
 
 # Attributes that make a DataLoader deliver the same batches; what decides their order is replaced.
 _KEPT = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
 # Samplers may be endless; an epoch of the stream is not.
 _LONGEST_EPOCH = 100_000
+# A small dataset is read several times over before its loader is set up anew, which may mean to start workers.
+_SHORTEST_EPOCH = 64
 
 
 class BatchStream:
-    """Draws one batch after another, epoch after epoch, from its own random streams.
+    """Draws one batch after another, without end, each from random streams of its own.
 
     A map-style DataLoader is never iterated itself, which would advance its sampler, its generator or its
     persistent workers: another one on the same dataset is. Where the original is in order or shuffled, the stream
-    reshuffles in every epoch; the order of any other sampler is kept. Other iterables, and DataLoader classes with
-    an iteration of their own, are iterated as they are.
+    reshuffles in every pass through the data; the order of any other sampler is kept. Other iterables, and DataLoader
+    classes with an iteration of their own, are iterated as they are. What one loader delivers until it is set up anew
+    is an epoch of the stream: one pass, or as many as make 64 batches.
 
-    Random generators that the dataset itself keeps are swapped for private ones while a batch is read.
+    Random generators that the dataset itself keeps are swapped along with the global ones.
 
     Args:
         source: a DataLoader or any re-iterable of batches.
@@ -40,19 +53,27 @@ class BatchStream:
         self._seed = seed
         self._epoch = -1
         self._consumed = 0
+        self._drawn = 0
         dataset = source.dataset if isinstance(source, DataLoader) else source
-        self._rng = RngStream(seed, generators_of(dataset))
+        self._generators = generators_of(dataset)
         self._batches: Iterator[Any] = iter(())
 
-    def next(self) -> Any:
-        """The next batch, as the loader delivers it (on the host)."""
-        with self._rng.active():
+    @contextmanager
+    def next(self) -> Iterator[Any]:
+        """The next batch, as the loader delivers it (on the host).
+
+        Inside the block all global random streams are this batch's own, the same whenever it is drawn: what the
+        batch is used for can draw from them too.
+        """
+        # One swap for reading and using a batch: NumPy's state alone costs as much as a small network's forward pass.
+        with preserved_rng(self._seed + self._drawn, self._generators):
             try:
                 batch = next(self._batches)
             except StopIteration:
                 batch = self._first_of_next_epoch()
-        self._consumed += 1
-        return batch
+            self._consumed += 1
+            self._drawn += 1
+            yield batch
 
     @property
     def position(self) -> int:
@@ -61,22 +82,22 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, int]:
         """The place in the stream."""
-        return {"epoch": self._epoch, "consumed": self._consumed}
+        return {"epoch": self._epoch, "consumed": self._consumed, "drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a place in the stream, by drawing the batches before it, random augmentations included."""
         if state["epoch"] < 0:
             return
         self._epoch = state["epoch"] - 1
+        self._drawn = state["drawn"] - state["consumed"]
         self._batches = iter(())
         for _ in range(state["consumed"]):
-            self.next()
+            with self.next():
+                pass
 
     def _first_of_next_epoch(self) -> Any:
         self._epoch += 1
         self._consumed = 0
-        # Reached inside `active()`: from here on the stream draws as this epoch does, whatever came before.
-        self._rng.reseed(self._seed + self._epoch)
         self._batches = iter(_reordered(self._source, self._seed + self._epoch))
         try:
             return next(self._batches)
@@ -98,10 +119,12 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     if isinstance(source.dataset, IterableDataset):
         return DataLoader(source.dataset, batch_size=source.batch_size, drop_last=source.drop_last, **kept)
     if _is_plain(source):
-        items, size = len(source.dataset), source.batch_size  # type: ignore[arg-type]
-        # A short last batch would be a noisier measurement than the others; torch refuses to shuffle nothing.
-        drop_last = size is not None and items >= size
-        return DataLoader(source.dataset, batch_size=size, shuffle=items > 0, drop_last=drop_last, **kept)
+        dataset, kept["collate_fn"] = _read_at_once(source)
+        size = source.batch_size
+        batches = _shuffled(len(source.dataset), size or 1, kept["generator"])  # type: ignore[arg-type]
+        if size is None:
+            return DataLoader(dataset, batch_size=None, sampler=list(itertools.chain.from_iterable(batches)), **kept)
+        return DataLoader(dataset, batch_sampler=batches, **kept)
     if source.batch_sampler is not None:
         with preserved(source.batch_sampler):
             batches = list(itertools.islice(source.batch_sampler, _LONGEST_EPOCH))
@@ -109,6 +132,50 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     with preserved(source.sampler):
         order = list(itertools.islice(source.sampler, _LONGEST_EPOCH))
     return DataLoader(source.dataset, batch_size=None, sampler=order, **kept)
+
+
+def _shuffled(items: int, size: int, generator: torch.Generator) -> list[list[int]]:
+    """Batches of indices: whole passes through the data, each in a new order."""
+    # A short last batch would be a noisier measurement than the others.
+    per_pass = max(items // size, min(items, 1))
+    batches: list[list[int]] = []
+    while per_pass and len(batches) < max(_SHORTEST_EPOCH, per_pass):
+        order = torch.randperm(items, generator=generator).tolist()
+        batches += [order[i * size : (i + 1) * size] for i in range(per_pass)]
+    return batches
+
+
+def _read_at_once(loader: DataLoader[Any]) -> tuple[Dataset[Any], Any]:
+    """Dataset and collate function that give the same batches as the loader's own.
+
+    Tensors in memory are indexed once per batch: item by item costs more than a small network's gradient.
+    """
+    dataset: Any = loader.dataset
+    indices = None
+    if type(dataset) is Subset:
+        dataset, indices = dataset.dataset, torch.as_tensor(dataset.indices)
+    if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.batch_size is not None:
+        return _Rows(dataset.tensors, indices), _as_it_is
+    return loader.dataset, loader.collate_fn
+
+
+class _Rows(Dataset[Any]):
+    """Rows of some tensors, several at once."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], indices: torch.Tensor | None) -> None:
+        self._tensors, self._indices = tensors, indices
+
+    def __len__(self) -> int:
+        return len(self._tensors[0]) if self._indices is None else len(self._indices)
+
+    def __getitems__(self, rows: list[int]) -> list[torch.Tensor]:
+        at = torch.tensor(rows)
+        at = at if self._indices is None else self._indices[at]
+        return [tensor[at] for tensor in self._tensors]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

@@ -195,19 +195,17 @@ class Run:
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:
         """Fail at the start of fit and not `every_n_steps` later."""
         params = [p for a in self._attachments for g in a.optimizer.param_groups for p in g["params"]]
-        batch = BatchStream(loader, self._settings.seed).next()
         trained = [p for p in params if p.requires_grad]
-        if trained:  # everything may be frozen until a later epoch
-            self._loss.check(batch, trained, self._settings.seed)
-            self.gradients += 1
+        with BatchStream(loader, self._settings.seed).next() as batch:
+            if trained:  # everything may be frozen until a later epoch
+                self._loss.check(batch, trained)
+                self.gradients += 1
 
     def _update(self) -> Update:
         due = [a for a in self._attachments if a.pending]
         params = list(dict.fromkeys(p for a in due for p in a.tracker.params))
-        index = self.gradients
-        loss, gradients = self._loss.gradient(
-            self._stream.next(), self._stream.position, params, self._settings.seed + index
-        )
+        with self._stream.next() as batch:
+            loss, gradients = self._loss.gradient(batch, self._stream.position, params)
         self.gradients += 1
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved, preserved_rng
+from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved
 from hypergrad.callbacks._lightning import to_device
 
 # Reached from every LightningModule, and not its state.
@@ -27,8 +27,8 @@ _OPAQUE = (pl.Trainer, pl.LightningDataModule, pl.Callback, Logger, torch.optim.
 class ValidationLoss:
     """Evaluates what `validation_step` logs under `monitor`, or returns, with its gradient.
 
-    Runs as the Trainer's validation loop would (eval mode, precision, device transfer, `trainer.validating`), with a
-    seed of its own. Afterwards module, metrics, buffers, RNG streams and loggers are as before, also if it raises.
+    Runs as the Trainer's validation loop would (eval mode, precision, device transfer, `trainer.validating`).
+    Afterwards module, metrics, buffers and loggers are as before, also if it raises; RNG streams are the caller's.
 
     Args:
         monitor: the key under which the module logs its validation loss.
@@ -45,14 +45,14 @@ class ValidationLoss:
     several: bool = False
 
     def gradient(
-        self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor], seed: int
+        self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The loss, detached, and its gradient with respect to `params`, on one batch as the loader gave it.
 
         Raises:
             NotDifferentiableError: if no gradient can be had; the message says why and how to mend it.
         """
-        with self._as_validation(params, seed) as logged:
+        with self._as_validation(params) as logged:
             batch = to_device(self.trainer, self.module, batch, self.dataloader_idx)
             with torch.inference_mode(False), torch.enable_grad():
                 with self.trainer.precision_plugin.val_step_context():
@@ -64,14 +64,14 @@ class ValidationLoss:
                 gradients = gradient(loss, params, self.module, scale=scale)
         return loss.detach(), gradients
 
-    def check(self, batch: Any, params: Sequence[torch.Tensor], seed: int) -> None:
+    def check(self, batch: Any, params: Sequence[torch.Tensor]) -> None:
         """Try it once, at the start: whatever cannot work is said now.
 
         Raises:
             ConfigurationError: if `validation_step` changes parameters, which cannot be told from training.
         """
         before = [p.detach().clone() for p in self.module.parameters()]
-        self.gradient(batch, 0, params, seed)
+        self.gradient(batch, 0, params)
         for (name, p), old in zip(self.module.named_parameters(), before, strict=True):
             if not torch.allclose(p.detach(), old, 0.0, 0.0, equal_nan=True):
                 with torch.no_grad():
@@ -95,10 +95,9 @@ class ValidationLoss:
         return arguments
 
     @contextmanager
-    def _as_validation(self, params: Sequence[torch.Tensor], seed: int) -> Iterator[dict[str, Any]]:
+    def _as_validation(self, params: Sequence[torch.Tensor]) -> Iterator[dict[str, Any]]:
         trainer, module, logged = self.trainer, self.module, dict[str, Any]()
         with ExitStack() as stack:
-            stack.enter_context(preserved_rng(seed))
             stack.enter_context(preserved(module, opaque=_OPAQUE))
             stack.callback(setattr, trainer.state, "stage", trainer.state.stage)
             trainer.validating = True

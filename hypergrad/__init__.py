@@ -21,7 +21,7 @@ from hypergrad.estimators.online import Online
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
-from hypergrad.rng import RngStream, generators_of, preserved_rng
+from hypergrad.rng import generators_of, preserved_rng
 from hypergrad.transform import Identity, Log, Logit, Transform
 from hypergrad.tuner import Measurement, Outcome, Tuner
 
@@ -45,7 +45,6 @@ __all__ = [
     "OptimizerHyperparameter",
     "Outcome",
     "Reading",
-    "RngStream",
     "Tracker",
     "Transform",
     "Tuner",

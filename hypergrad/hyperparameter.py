@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,22 +95,22 @@ class OptimizerHyperparameter:
                     f"{field}={value} for {self.name!r}."
                 )
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The param-group key without an index: `"betas"` for `"betas[0]"`."""
         return self.name.partition("[")[0]
 
-    @property
+    @cached_property
     def index(self) -> int | None:
         """The position inside a tuple entry, or None for a scalar one."""
         return int(self.name.partition("[")[2][:-1]) if "[" in self.name else None
 
-    @property
+    @cached_property
     def coordinate(self) -> Transform:
         """The unconstrained coordinate in which the value moves."""
         return self.transform if self.transform is not None else Log()
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[float, float]:
         """`(lower, upper)` in natural units."""
         return (

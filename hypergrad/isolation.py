@@ -63,7 +63,7 @@ class _Recorder:
     def undo(self) -> None:
         """Put everything back, what was recorded last first."""
         for module, training in self._training:
-            module.training = training
+            vars(module)["training"] = training  # a plain flag: Module.__setattr__ costs more than the rest together
         while self._undo:
             self._undo.pop()()
 
@@ -226,8 +226,17 @@ def _undo_dict(mapping: dict[Any, Any]) -> _Undo:
     saved = list(mapping.items())
 
     def undo() -> None:
-        mapping.clear()
-        mapping.update(saved)
+        # A dict that is cleared and refilled is a new one to the interpreter, whose inline caches then miss: every
+        # attribute of a module would be slower to reach from then on. So nothing is written that has not changed.
+        if len(mapping) > len(saved):
+            known = {key for key, _ in saved}
+            for key in [key for key in mapping if key not in known]:
+                del mapping[key]
+        if [*map(id, mapping)] != [id(key) for key, _ in saved]:
+            mapping.clear()
+        for key, value in saved:
+            if key not in mapping or mapping[key] is not value:
+                mapping[key] = value
 
     return undo
 
@@ -239,8 +248,7 @@ def _is_plain(value: object) -> bool:
 
 def _has_state(attributes: dict[str, Any]) -> bool:
     """Whether one of torch's own layers carries more than settings, such as a tensor that somebody attached."""
-    internal = _module_internals()
-    return any(name not in internal and not _is_plain(value) for name, value in attributes.items())
+    return any(not _is_plain(attributes[name]) for name in attributes.keys() - _module_internals())
 
 
 @lru_cache(maxsize=1)

@@ -17,16 +17,17 @@ Generator = torch.Generator | np.random.Generator | np.random.RandomState | rand
 
 
 @contextmanager
-def preserved_rng(seed: int | None = None) -> Iterator[None]:
+def preserved_rng(seed: int | None = None, generators: Sequence[Generator] = ()) -> Iterator[None]:
     """Put the global RNG streams of torch (CPU and the current CUDA device), NumPy and Python back at the end.
 
     Args:
         seed: start the block from this seed; None starts it from where the streams stand.
+        generators: further random generators (of torch, NumPy or Python) that are treated as the global ones are.
     """
-    state = RngState.capture()
+    state = RngState.capture(generators)
     try:
         if seed is not None:
-            RngState.seed(seed)
+            RngState.seed(seed, generators)
         yield
     finally:
         state.restore()
@@ -66,45 +67,6 @@ class RngState:
         random.seed(seed)
         for generator in generators:
             _seed(generator, seed)
-
-
-class RngStream:
-    """A private set of RNG streams: code run inside `active()` draws from them and not from the global ones.
-
-    Args:
-        seed: where the private streams start.
-        generators: further random generators (of torch, NumPy or Python) to be swapped along with the global ones.
-    """
-
-    def __init__(self, seed: int, generators: Sequence[Generator] = ()) -> None:
-        self._active = False
-        self._generators = tuple(generators)
-        self.reseed(seed)
-
-    def reseed(self, seed: int) -> None:
-        """Start the private streams anew; inside `active()` too."""
-        if self._active:
-            RngState.seed(seed, self._generators)
-            return
-        outer = RngState.capture(self._generators)
-        try:
-            RngState.seed(seed, self._generators)
-            self._state = RngState.capture(self._generators)
-        finally:
-            outer.restore()
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Swap the private streams in, and the global ones back at the end. Does not nest."""
-        outer = RngState.capture(self._generators)
-        self._state.restore()
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self._state = RngState.capture(self._generators)
-            outer.restore()
 
 
 def generators_of(root: object, limit: int = 10_000) -> list[Generator]:

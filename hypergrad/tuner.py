@@ -65,6 +65,7 @@ class Tuner:
         self.controller = controller
         self._offsets: dict[str, float] = {}
         self._signals: dict[str, SignalToNoise] = {}
+        self._known: dict[str, tuple[float, float]] = {}  # key -> (scheduled, value), until the offset changes
 
     def values(self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]) -> dict[str, float]:
         """The values that a step should use, by key, for one param group in which the scheduled values stand.
@@ -114,6 +115,7 @@ class Tuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the tuner that returned `state`."""
         self._offsets = dict(state["offsets"])
+        self._known.clear()
         self._signals = {key: SignalToNoise(**signal) for key, signal in state["signals"].items()}
         self.controller.load_state_dict(state["controller"])
 
@@ -121,8 +123,13 @@ class Tuner:
         offset = self._offsets.get(key, 0.0)
         if offset == 0.0:
             return scheduled
+        known = self._known.get(key)
+        if known is not None and known[0] == scheduled:
+            return known[1]
         start = hyperparameter.start(scheduled)
-        return scheduled if start is None else _clamped(hyperparameter, start, start, offset)
+        value = scheduled if start is None else _clamped(hyperparameter, start, start, offset)
+        self._known[key] = (scheduled, value)
+        return value
 
     def _move(self, measurement: Measurement, move: float) -> None:
         hyperparameter = measurement.hyperparameter
@@ -132,6 +139,7 @@ class Tuner:
         # From the value that was really used to the one that can be reached: no wind-up at a bound.
         current = hyperparameter.start(measurement.value) or start
         target = _clamped(hyperparameter, current, current, move)
+        self._known.pop(measurement.key, None)
         self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
 
     def _bound_decay(self, values: dict[str, float], keys: Mapping[str, str], group: ParamGroup) -> None:

@@ -1,8 +1,11 @@
 """What the callback costs: the time of a tuned fit over that of a plain one.
 
-Plain and tuned fits take turns within every round, so that a drift in the machine's speed cancels in the ratio; the
-figure is the median over rounds of the ratio within a round. Data loading, logging and everything else that a fit does
-is in both. Run: `make benchmark`, or `make gpu` on a machine with a CUDA device.
+The plain fit and the tuned ones run in one process and hand a baton on every few batches: each works while the others
+stand still, so that a drift in the machine's speed meets all of them. Timed is the whole fit, its start, data loading,
+logging and validation loop included. The figure is the median over rounds. On a CPU torch works with one thread:
+two pools of threads on the same cores would wait for each other. The first task is the run of
+`examples/digits.py` with its logger and its validation loop; the others train and do nothing else.
+Run: `make benchmark`, or `make gpu` on a machine with a CUDA device.
 """
 
 from __future__ import annotations
@@ -11,23 +14,75 @@ import argparse
 import logging
 import platform
 import statistics
+import sys
 import sysconfig
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hypergrad.callbacks import HyperGradient
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import digits
+
 EVERY = (1, 5, 20)
+TURN = 30  # batches
+
+
+class Baton:
+    """Lets one of several threads work at a time, and adds up how long each has worked."""
+
+    def __init__(self, runners: int, cuda: bool) -> None:
+        self.seconds = [0.0] * runners
+        self._order = list(range(runners))
+        self._holder, self._began = 0, time.perf_counter()
+        self._cuda = cuda
+        self._free = threading.Condition()
+
+    def take(self, runner: int) -> None:
+        with self._free:
+            self._free.wait_for(lambda: self._holder == runner)
+            self._began = time.perf_counter()
+
+    def hand_on(self, runner: int, *, leave: bool = False) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        with self._free:
+            self.seconds[runner] += time.perf_counter() - self._began
+            after = self._order.index(runner) + 1
+            self._holder = self._order[after % len(self._order)]
+            if leave:
+                self._order.remove(runner)
+            self._free.notify_all()
+
+
+class Turns(Dataset[Any]):
+    """A dataset that hands the baton on at every `TURN`-th batch."""
+
+    def __init__(self, dataset: Any, baton: Baton, runner: int) -> None:
+        self.dataset, self.baton, self.runner, self.batches = dataset, baton, runner, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        self.batches += 1
+        if self.batches % TURN == 0:
+            self.baton.hand_on(self.runner)
+            self.baton.take(self.runner)
+        return [self.dataset[row] for row in rows]
 
 
 class Classifier(L.LightningModule):
@@ -109,59 +164,103 @@ def tasks(cuda: bool) -> list[Task]:
     ]
 
 
-def fit(task: Task, every_n_steps: int | None, device: str) -> float:
-    """Seconds of one fit; with the callback if `every_n_steps` is given."""
-    L.seed_everything(0, verbose=False)
-    loader = DataLoader(task.data, task.batch_size, shuffle=True, drop_last=True)
+def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
+    """One fit; with the callback if `every_n_steps` is given."""
     own = DataLoader(task.data, task.batch_size)
-    callbacks = [HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps)] if every_n_steps else []
-    module = Classifier(task.net())
     trainer = L.Trainer(
         max_steps=task.steps,
         max_epochs=-1,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        callbacks=callbacks,
+        callbacks=[HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps)] if every_n_steps else [],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    began = time.perf_counter()
-    trainer.fit(module, loader)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    trainer.fit(Classifier(task.net()), DataLoader(train, task.batch_size, shuffle=True, drop_last=True))
+
+
+def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any) -> None:
+    """The run of `examples/digits.py` from its hopeless learning rate."""
+    own = DataLoader(data[1], digits.BATCH)
+    trainer = L.Trainer(
+        max_epochs=digits.EPOCHS,
+        accelerator="cpu",
+        callbacks=[HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps)] if every_n_steps else [],
+        logger=TensorBoardLogger(folder, default_hp_metric=False),
+        log_every_n_steps=10,
+        **digits.QUIET,
+    )
+    loaders = DataLoader(train, digits.BATCH, shuffle=True), DataLoader(data[2], len(data[2]))
+    trainer.fit(digits.Digits(1e-5, 0.01), *loaders)
+
+
+def race(run: Callable[[int | None, Any], None], data: Any, every: list[int], cuda: bool) -> list[float]:
+    """Seconds of work of the plain fit and of each tuned one, all at once by turns."""
+    baton = Baton(1 + len(every), cuda)
+    errors: list[BaseException] = []
+
+    def work(runner: int, n: int | None) -> None:
+        torch.set_num_threads(1)  # counts for the calling thread only
+        baton.take(runner)
+        try:
+            run(n, Turns(data, baton, runner))
+        except BaseException as error:
+            errors.append(error)
+        baton.hand_on(runner, leave=True)
+
+    L.seed_everything(0, verbose=False)
+    threads = [threading.Thread(target=work, args=(i, n)) for i, n in enumerate((None, *every))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return baton.seconds
+
+
+def report(name: str, steps: int, table: list[list[float]]) -> None:
+    """Print one line: the time of a plain step, and the ratios."""
+    plain = statistics.median(row[0] for row in table) / steps
+    cells = []
+    for i in range(1, len(table[0])):
+        ratios = [row[i] / row[0] for row in table]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    print(f"{name:22}{1e3 * plain:9.2f} ms" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved repeats after one warm-up (default 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="repeats after one warm-up (default 5)")
     parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
-    parser.add_argument("--steps", type=int, help="steps of each fit (default: by task)")
+    parser.add_argument("--steps", type=int, help="steps of each fit but the demo's (default: by task)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`).*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cuda = arguments.device == "cuda"
+    torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; median of {arguments.rounds} rounds (min-max)")
     print(f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}':>20}" for n in arguments.every))
+
+    def measure(name: str, steps: int, run: Callable[[int | None, Any], None], data: Any) -> None:
+        table = [race(run, data, arguments.every, cuda) for _ in range(arguments.rounds + 1)]
+        report(name, steps, table[1:])
+
+    if not cuda and "demo".startswith(arguments.task):
+        data = digits.load()
+        steps = digits.EPOCHS * -(-len(data[0]) // digits.BATCH)
+        with tempfile.TemporaryDirectory() as folder:
+            measure("demo", steps, lambda n, train: fit_demo(data, folder, n, train), data[0])
     for task in (t for t in tasks(cuda) if t.name.startswith(arguments.task)):
         if arguments.steps:
-            task = Task(task.name, task.net, task.data, task.batch_size, arguments.steps)
-        rounds = [
-            [fit(task, every, arguments.device) for every in (None, *arguments.every)]
-            for _ in range(arguments.rounds + 1)
-        ][1:]
-        plain = statistics.median(r[0] for r in rounds) / task.steps
-        cells = []
-        for i in range(1, len(arguments.every) + 1):
-            ratios = [r[i] / r[0] for r in rounds]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        print(f"{task.name:22}{1e3 * plain:9.2f} ms" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+            task = replace(task, steps=arguments.steps)
+        measure(task.name, task.steps, lambda n, train, t=task: fit(t, n, train, arguments.device), task.data)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 from hypergrad.errors import HypergradError
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.optimizer.rules import decay_is_decoupled, lr_from_difference
-from hypergrad.optimizer.step import Direction, differentiate_step, stepped_params
+from hypergrad.optimizer.rules import decay_is_decoupled, is_known, lr_from_difference
+from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step, step_per_lr, stepped_params
 from hypergrad.optimizer.verify import verify
 
 
@@ -38,7 +38,8 @@ class Online(Estimator):
 
     def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly."""
-        verify(optimizer, hyperparameters)
+        check_optimizer(optimizer)
+        verify(optimizer, [h for h in hyperparameters if not (self.closed_forms and is_known(optimizer, h.name))])
         return _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
 
 
@@ -102,6 +103,7 @@ class _OnlineTracker(Tracker):
                 step.tangents["lr"] = _Tangent(_flat(step.params) - step.before, 1.0 / step.lr)
                 step.before = None
 
+    @torch.no_grad()
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._groups:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
@@ -109,24 +111,20 @@ class _OnlineTracker(Tracker):
         device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
         zero = torch.zeros((), device=device)
         names = [h.name for h in self._hyperparameters]
-        hypergradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        tangent_norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        gradient_norms = []
+        rows: list[list[torch.Tensor]] = [[] for _ in range(1 + 2 * len(names))]
         for step in groups:
             gradient = _flat([gradients[p] for p in step.params]) if step.params else zero
-            gradient_norms.append(gradient.norm())
-            for name in names:
-                tangent = step.tangents.get(name)
-                if tangent is None:
-                    hypergradients[name].append(zero)
-                    tangent_norms[name].append(zero)
-                    continue
-                hypergradients[name].append(gradient @ tangent.vector * tangent.scale)
-                tangent_norms[name].append(tangent.vector.norm() * abs(tangent.scale))
+            rows[0].append(torch.linalg.vector_norm(gradient))
+            for i, name in enumerate(names):
+                tangent = step.tangents.get(name, _Tangent(zero))
+                moved = name in step.tangents
+                rows[1 + 2 * i].append(torch.dot(gradient, tangent.vector) * tangent.scale if moved else zero)
+                rows[2 + 2 * i].append(torch.linalg.vector_norm(tangent.vector) * abs(tangent.scale) if moved else zero)
+        gradient_norms, *pairs = _stacked([value for row in rows for value in row]).view(len(rows), -1)
         return Contraction(
-            hypergradients={name: _stacked(values) for name, values in hypergradients.items()},
-            tangent_norms={name: _stacked(values) for name, values in tangent_norms.items()},
-            gradient_norms=_stacked(gradient_norms),
+            hypergradients=dict(zip(names, pairs[::2], strict=True)),
+            tangent_norms=dict(zip(names, pairs[1::2], strict=True)),
+            gradient_norms=gradient_norms,
         )
 
     def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:
@@ -144,8 +142,11 @@ class _OnlineTracker(Tracker):
 
     def _differentiate(self, hyperparameter: OptimizerHyperparameter, groups: list[int]) -> None:
         # Groups do not influence each other within a step: one direction serves them all.
-        direction = Direction(hyperparameters={(index, hyperparameter): 1.0 for index in groups})
-        moved = differentiate_step(self._optimizer, direction).params
+        if hyperparameter.name == "lr" and self._closed_forms and is_known(self._optimizer, "lr"):
+            moved = step_per_lr(self._optimizer, groups)
+        else:
+            direction = Direction(hyperparameters={(index, hyperparameter): 1.0 for index in groups})
+            moved = differentiate_step(self._optimizer, direction).params
         for index in groups:
             params = self._groups[index].params
             flat = _flat([moved[p] if p in moved else torch.zeros_like(p) for p in params])
@@ -153,12 +154,13 @@ class _OnlineTracker(Tracker):
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A flat copy, end to end, in float32 or wider: one kernel however many tensors there are."""
-    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    """A flat copy, end to end, in float32 or wider: one kernel however many tensors there are. Call under no_grad."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
 
 
 def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """One vector, in the widest of the dtypes."""
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
-    return torch.stack([v.to(wide) for v in values])
+    if any(v.dtype == torch.float64 for v in values):
+        values = [v.to(torch.float64) for v in values]
+    return torch.stack(list(values))

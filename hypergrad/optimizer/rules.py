@@ -38,12 +38,21 @@ def lr_from_difference(optimizer: torch.optim.Optimizer, group: ParamGroup, lr: 
     """Whether d(theta')/d(lr) may be read off the step itself, as (theta' - theta) / lr.
 
     Only where the subtraction does not cancel the digits that count: for rules that normalise the gradient, from
-    lr = 1000 eps (1.2e-4 in float32) on, and not in half precision. Elsewhere the general derivative costs a little
-    more and loses nothing.
+    lr = 1000 eps (1.2e-4 in float32) on, and not in half precision. Elsewhere `is_linear_in_lr` leads to a step at a
+    large lr, which costs a little more and loses nothing.
     """
     if type(optimizer) not in _NORMALIZED or group.get("eps", 0.0) > 1e-6:
         return False
     return all(p.is_floating_point() and lr >= 1e3 * torch.finfo(p.dtype).eps for p in group["params"])
+
+
+def is_known(optimizer: torch.optim.Optimizer, name: str) -> bool:
+    """Whether the closed forms serve this hyperparameter in every param group, so that there is nothing to verify."""
+    groups = optimizer.param_groups
+    if name == "lr":
+        half = any(p.dtype == torch.float16 for group in groups for p in group["params"])
+        return is_linear_in_lr(optimizer) and not half and all(isinstance(g["lr"], (int, float)) for g in groups)
+    return name == "weight_decay" and all(decay_is_decoupled(optimizer, group) for group in groups)
 
 
 def is_linear_in_lr(optimizer: torch.optim.Optimizer) -> bool:

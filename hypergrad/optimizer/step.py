@@ -142,6 +142,35 @@ def differentiate_step(
     return result
 
 
+def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict[torch.Tensor, torch.Tensor]:
+    """d(theta')/d(lr) in the given param groups, for a rule that `is_linear_in_lr`: of one secant, which is exact.
+
+    The optimizer's own step is taken on copies at lr = 2**20, where theta itself is small beside the change: no digits
+    cancel, however small the gradient and the learning rate, and no forward AD is needed.
+    """
+    secant = 2.0**20
+    packets = [
+        _Packet.collect(optimizer, index, params, counters, Direction())
+        for index in groups
+        for params, counters in _packets(optimizer, stepped_params(optimizer.param_groups[index]), pack=True)
+    ]
+    plain = {"lr": secant, "differentiable": False}
+    copies = [
+        single_tensor_group(optimizer.param_groups[index], [p.param for p in packets if p.group == index]) | plain
+        for index in groups
+    ]
+    before = [packet.param.clone() for packet in packets]
+    for packet in packets:
+        packet.param.grad = packet.grad
+    with torch.no_grad():
+        raw_step(shadow(optimizer, copies, {packet.param: packet.state for packet in packets}))
+    result: dict[torch.Tensor, torch.Tensor] = {}
+    for packet, old in zip(packets, before, strict=True):
+        change = packet.param.sub_(old).div_(secant)
+        result.update(zip(packet.params, _split(change, packet.params), strict=True))
+    return result
+
+
 @dataclass
 class _Packet:
     """Parameters that are stepped as one tensor: a single one in its shape, or several flat, end to end."""

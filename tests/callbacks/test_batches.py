@@ -15,7 +15,12 @@ ITEMS = TensorDataset(torch.arange(10.0))
 
 
 def _values(stream: BatchStream, n: int) -> list[list[float]]:
-    return [stream.next()[0].tolist() for _ in range(n)]
+    return [_next(stream)[0].tolist() for _ in range(n)]
+
+
+def _next(stream: BatchStream) -> Any:
+    with stream.next() as batch:
+        return batch
 
 
 class Stream(IterableDataset[Any]):
@@ -79,7 +84,7 @@ def test_a_batch_sampler_over_data_in_order_gives_whole_batches() -> None:
         pairs, batch_sampler=BatchSampler(torch.utils.data.SequentialSampler(pairs), 4, drop_last=False)
     )
     stream = BatchStream(loader, seed=0)
-    assert [[t.tolist() for t in stream.next()] for _ in range(3)] == [[t.tolist() for t in b] for b in loader]
+    assert [[t.tolist() for t in _next(stream)] for _ in range(3)] == [[t.tolist() for t in b] for b in loader]
 
 
 def test_a_loader_with_an_iteration_of_its_own_keeps_it() -> None:
@@ -99,6 +104,19 @@ def test_data_in_order_is_shuffled_anew_in_every_epoch_without_short_batches() -
     assert len({v for batch in values[:3] for v in batch}) == 9
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tensors_in_memory_give_the_batches_that_their_loader_gives(workers: int) -> None:
+    pairs = TensorDataset(torch.rand(7, 2, 3), torch.arange(7))
+    for dataset in (pairs, Subset(pairs, [5, 2, 2, 0])):
+        loader = DataLoader(dataset, batch_size=4 if dataset is pairs else 2, num_workers=workers)
+        batch = _next(BatchStream(loader, seed=0))
+        assert type(batch) is type(next(iter(loader)))
+        for row in zip(*batch, strict=True):
+            items = [item for item in dataset if torch.equal(item[1], row[1])]
+            assert torch.equal(items[0][0], row[0])
+        assert batch[1].dtype == torch.int64
+
+
 def test_less_than_one_batch_is_used_as_it_is() -> None:
     (batch,) = _values(BatchStream(DataLoader(Subset(ITEMS, [1, 2]), batch_size=8, drop_last=True), seed=0), 1)
     assert sorted(batch) == [1.0, 2.0]
@@ -107,11 +125,11 @@ def test_less_than_one_batch_is_used_as_it_is() -> None:
 @pytest.mark.parametrize("source", [[], DataLoader(Subset(ITEMS, [])), DataLoader(Subset(ITEMS, []), batch_size=None)])
 def test_no_batch_is_an_error(source: Any) -> None:
     with pytest.raises(ConfigurationError, match="has no batch"):
-        BatchStream(source, seed=0).next()
+        _next(BatchStream(source, seed=0))
 
 
 def test_an_iterator_that_can_be_read_once_says_so_when_it_runs_out() -> None:
     stream = BatchStream(iter([(torch.zeros(1),)]), seed=0)
-    stream.next()
+    _next(stream)
     with pytest.raises(ConfigurationError, match="read only once"):
-        stream.next()
+        _next(stream)

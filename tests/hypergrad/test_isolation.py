@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypergrad import RngStream, preserved, preserved_rng
+from hypergrad import preserved, preserved_rng
 
 
 class Meter:
@@ -169,26 +169,17 @@ def test_rng_streams_are_put_back() -> None:
     assert _draw() == expected
 
 
-def test_private_streams_continue_where_they_stopped() -> None:
-    with preserved_rng(3):
-        uninterrupted = [_draw() for _ in range(4)]
-    stream = RngStream(3)
-    drawn = []
-    for _ in range(4):
-        with stream.active():
-            drawn.append(_draw())
-        _draw()
-    assert drawn == uninterrupted
+def test_further_generators_start_from_the_seed_and_are_put_back() -> None:
+    generators = [torch.Generator(), np.random.default_rng(1), np.random.RandomState(2), random.Random(3)]
 
+    def draw() -> list[float]:
+        own, new, legacy, python = generators
+        return [torch.rand(1, generator=own).item(), new.random(), legacy.rand(), python.random()]
 
-def test_private_streams_can_be_reseeded_inside_and_outside() -> None:
-    stream = RngStream(3)
-    with preserved_rng():
-        outside = _draw()
-    with stream.active():
-        stream.reseed(5)
-        inside = _draw()
-    stream.reseed(5)
-    with stream.active():
-        assert _draw() == inside
-    assert _draw() == outside
+    with preserved_rng(7, generators):
+        first = draw()
+    with preserved_rng(None, generators):
+        expected = draw()
+    with preserved_rng(7, generators):
+        assert draw() == first
+    assert draw() == expected

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hypergrad import OptimizerHyperparameter, UnsupportedOptimizerError
-from hypergrad.optimizer.rules import ELEMENTWISE
-from hypergrad.optimizer.step import Direction, StepTangents, check_optimizer, differentiate_step
+from hypergrad.optimizer.rules import ELEMENTWISE, is_linear_in_lr
+from hypergrad.optimizer.step import Direction, StepTangents, check_optimizer, differentiate_step, step_per_lr
 from tests.hypergrad.cells import CELLS, Cell, Problem
 
 _PACKABLE = [c for c in CELLS if c.optimizer in ELEMENTWISE]
@@ -145,3 +145,19 @@ def test_parameters_with_different_step_counts_are_not_packed_together() -> None
     packed, apart = (differentiate_step(optimizer, direction, pack=pack) for pack in (True, False))
     for p in (late, early):
         torch.testing.assert_close(packed.params[p], apart.params[p])
+
+
+@pytest.mark.parametrize(
+    "cell", [c for c in _PACKABLE if "lr" in c.accepted and c.settings["lr"]], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_secant_gives_the_derivative_of_rules_that_are_linear_in_lr(cell: Cell, groups: int) -> None:
+    problem = Problem(cell, groups=groups)
+    _, optimizer = _warmed_up(problem)
+    assert is_linear_in_lr(optimizer)
+    lr = OptimizerHyperparameter("lr")
+    general = differentiate_step(optimizer, Direction({(i, lr): 1.0 for i in range(groups)})).params
+    secant = step_per_lr(optimizer, range(groups))
+    assert secant.keys() == general.keys()
+    for p in general:
+        torch.testing.assert_close(secant[p], general[p], rtol=1e-9, atol=1e-14)
