@@ -38,7 +38,7 @@ class HyperGradient(pl.Callback):
     Args:
         hyperparameters: names in the optimizer's param groups, `"lr"`, `"weight_decay"`, `"momentum"`,
             `"betas[0]"`, …, or `OptimizerHyperparameter` for a domain of your own. Each param group learns its own.
-        estimator: how the hypergradient is computed. Default: `Online()`.
+        estimator: how the hypergradient is computed, one that looks one step ahead. Default: `Online()`.
         monitor: the key under which `validation_step` logs the loss. Where it logs none, what it returns is taken.
         mode: `"min"` if a smaller monitored value is better, `"max"` if a larger one is.
         val_dataloaders: the hyper-validation data, one loader. None takes the Trainer's validation data, and says
@@ -77,6 +77,11 @@ class HyperGradient(pl.Callback):
         for name, value, kind in (("estimator", estimator, Estimator), ("controller", controller, Controller)):
             if value is not None and not isinstance(value, kind):
                 raise ConfigurationError(f"`{name}` must be an instance of {kind.__name__}, but got {value!r}.")
+        if estimator is not None and estimator.needs_every_step:
+            raise ConfigurationError(
+                f"HyperGradient follows one step at a time, and {estimator!r} every one of a run: use Online() here, "
+                "or the function hypergrad.hypergradient without a Trainer."
+            )
         if not isinstance(hyperparameters, (str, OptimizerHyperparameter, Sequence)):
             raise ConfigurationError(f"`hyperparameters` must be a sequence of names, but got {hyperparameters!r}.")
         if val_dataloaders is not None:

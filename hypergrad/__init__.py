@@ -4,10 +4,12 @@
 """
 
 from hypergrad.autodiff import gradient
+from hypergrad.checking import CheckedHyperparameter, CheckResult, check
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.cautious import Cautious
 from hypergrad.controllers.descent import Descent
 from hypergrad.controllers.hold import Hold
+from hypergrad.curvature import Curvature, Exact, FiniteDifference
 from hypergrad.data import split
 from hypergrad.errors import (
     ConfigurationError,
@@ -17,6 +19,7 @@ from hypergrad.errors import (
     UnsupportedOptimizerError,
 )
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
+from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.online import Online
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
@@ -27,11 +30,17 @@ from hypergrad.tuner import Measurement, Outcome, Tuner
 
 __all__ = [
     "Cautious",
+    "CheckResult",
+    "CheckedHyperparameter",
     "ConfigurationError",
     "Contraction",
     "Controller",
+    "Curvature",
     "Descent",
     "Estimator",
+    "Exact",
+    "FiniteDifference",
+    "Forward",
     "Hold",
     "HypergradError",
     "HypergradientResult",
@@ -49,6 +58,7 @@ __all__ = [
     "Transform",
     "Tuner",
     "UnsupportedOptimizerError",
+    "check",
     "generators_of",
     "gradient",
     "hypergradient",

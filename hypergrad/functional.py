@@ -10,11 +10,11 @@ import torch
 
 from hypergrad.autodiff import gradient
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
-from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.base import Contraction, Estimator
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
-from hypergrad.rng import preserved_rng
+from hypergrad.rng import RngState, preserved_rng
 from hypergrad.torch_internals import raw_step
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
@@ -32,13 +32,16 @@ class HypergradientResult(Generic[ModelT]):
         value: the validation loss after the inner steps, shape `()`.
         cosines: the cosine between the validation gradient and d(parameters)/d(value): in [-1, 1], free of scale.
             Near 0 the hyperparameter hardly matters for this loss, or the gradients are mostly noise.
-        gradient_evaluations: forward-backward passes spent: one per inner step and one for the validation loss.
+        gradient_evaluations: losses evaluated with their gradient: one per inner step, those that the estimator needs
+            beside them, and one for the validation loss. Hessian-vector products of `Exact` come on top.
+        status: `"ok"`, or what is wrong with the numbers and what to do about it.
     """
 
     grads: dict[str, torch.Tensor]
     value: torch.Tensor
     cosines: dict[str, torch.Tensor]
     gradient_evaluations: int
+    status: str = "ok"
 
 
 def hypergradient(
@@ -60,7 +63,7 @@ def hypergradient(
         val_loss: a callable `model -> scalar tensor`.
         hyperparameters: names such as `"lr"` or `"betas[0]"`.
         estimator: how to differentiate. Default: `Online()`, which differentiates the last step and holds the
-            earlier ones constant.
+            earlier ones constant; `Forward()` differentiates them all.
 
     Raises:
         ConfigurationError: for no training loss at all.
@@ -78,16 +81,19 @@ def hypergradient(
     """
     if not train_losses:
         raise ConfigurationError("`train_losses` is empty: pass one callable per inner step, `model -> scalar tensor`.")
-    resolved = resolve(optimizer, hyperparameters)
+    resolved, chosen = resolve(optimizer, hyperparameters), estimator or Online()
     # `optimizer` first: its parameters need not be reachable from `model`.
     with preserved(optimizer, model, parameters=True), preserved_rng():
-        tracker = (estimator or Online()).track(optimizer, resolved)
+        tracker = chosen.track(optimizer, resolved)
+        evaluations = 0
         for loss in train_losses:
             optimizer.zero_grad(set_to_none=True)
+            again = _Again(model, loss) if chosen.needs_training_loss else None
             torch.autograd.backward(_scalar(loss(model), "train_losses"))
-            tracker.before_step()
+            tracker.before_step(again)
             raw_step(optimizer)
             tracker.after_step()
+            evaluations += 1 if again is None else 1 + again.calls
         if not tracker.params:
             raise NotDifferentiableError(
                 "The last training loss gave no gradient to any parameter of the optimizer: does the optimizer hold "
@@ -104,7 +110,39 @@ def hypergradient(
             name: _squeezed(torch.where(scales[name] > 0, h / scales[name], torch.zeros_like(h)))
             for name, h in contraction.hypergradients.items()
         },
-        gradient_evaluations=len(train_losses) + 1,
+        gradient_evaluations=evaluations + 1,
+        status=_status(value, contraction, len(train_losses)),
+    )
+
+
+class _Again(Generic[ModelT]):
+    """Evaluates a training loss as the real step did: from the random streams and buffers that stand at creation."""
+
+    def __init__(self, model: ModelT, loss: Loss[ModelT]) -> None:
+        self._model, self._loss = model, loss
+        self._rng = RngState.capture()
+        self._buffers = [b.detach().clone() for b in model.buffers()]
+        self.calls = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        with preserved_rng(), preserved(self._model):
+            self._rng.restore()
+            with torch.no_grad():
+                for now, then in zip(self._model.buffers(), self._buffers, strict=True):
+                    now.copy_(then)
+            return _scalar(self._loss(self._model), "train_losses")
+
+
+def _status(value: torch.Tensor, contraction: Contraction, steps: int) -> str:
+    if not torch.isfinite(value):
+        return f"the validation loss is {value.item()} after {steps} steps: the training itself diverges"
+    bad = [name for name, h in contraction.hypergradients.items() if not bool(torch.isfinite(h).all())]
+    if not bad:
+        return "ok"
+    return (
+        f"d/d({', '.join(bad)}) is not finite after {steps} steps: the run amplifies a small change beyond what the "
+        "dtype can hold. Use fewer steps, Forward(decay=0.9) or a smaller learning rate"
     )
 
 

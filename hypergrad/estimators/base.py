@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hypergrad.curvature import Evaluation
 from hypergrad.hyperparameter import OptimizerHyperparameter
 
 
@@ -20,8 +21,9 @@ class Contraction:
 
     Args:
         hypergradients: d(val_loss)/d(value), in natural units.
-        tangent_norms: the Euclidean norm of d(parameters of the group)/d(value).
-        gradient_norms: the Euclidean norm of the validation gradient on the group's parameters.
+        tangent_norms: the Euclidean norm of d(parameters)/d(value of the group).
+        gradient_norms: the Euclidean norm of the validation gradient on the parameters that the group's
+            hyperparameters act on.
     """
 
     hypergradients: dict[str, torch.Tensor]
@@ -38,8 +40,12 @@ class Tracker(ABC):
         """The parameters whose validation gradient `contract` needs; empty before the first tracked step."""
 
     @abstractmethod
-    def before_step(self) -> None:
-        """Call between the final gradient and the update, on every step that is to be tracked."""
+    def before_step(self, loss: Evaluation | None = None) -> None:
+        """Call between the final gradient and the update, on every step that is to be tracked.
+
+        Args:
+            loss: evaluates the training loss of this step; needed where `Estimator.needs_training_loss`.
+        """
 
     def after_step(self) -> None:  # noqa: B027 (an estimator may have nothing to read off the step)
         """Call right after the update of a tracked step, before anything else can touch the parameters."""
@@ -55,6 +61,16 @@ class Tracker(ABC):
 
 class Estimator(ABC):
     """A way to compute hypergradients: settings only, so that one object can serve many optimizers and runs."""
+
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether every step of a run must be tracked, and not only the one before a validation loss."""
+        return False
+
+    @property
+    def needs_training_loss(self) -> bool:
+        """Whether steps must be tracked with an evaluation of their training loss."""
+        return False
 
     @abstractmethod
     def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:

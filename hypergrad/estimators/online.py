@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hypergrad.curvature import Evaluation
 from hypergrad.errors import HypergradError
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
@@ -84,7 +85,7 @@ class _OnlineTracker(Tracker):
     def params(self) -> list[torch.Tensor]:
         return [p for group in self._groups for p in group.params]
 
-    def before_step(self) -> None:
+    def before_step(self, loss: Evaluation | None = None) -> None:  # noqa: ARG002
         groups = self._optimizer.param_groups
         self._groups = [self._closed_forms_of(group) for group in groups]
         for hyperparameter in self._hyperparameters:

@@ -8,7 +8,8 @@ differentiated, whatever its flags.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +132,8 @@ def differentiate_step(
         ]
         twin = shadow(optimizer, groups, {packet.param: packet.state for packet in packets})
         try:
-            raw_step(twin)
+            with _exact_counters(packets):
+                raw_step(twin)
         except (UnsupportedOptimizerError, NotImplementedError) as error:
             raise UnsupportedOptimizerError(
                 f"The step of {type(optimizer).__name__} cannot be differentiated: {error}."
@@ -262,9 +264,26 @@ def _instead_of_zero(
     only_lr = hyperparameter.name == "lr" and not (direction.params or direction.grads or direction.state)
     if only_lr and is_linear_in_lr(optimizer):
         return 1.0  # the same derivative everywhere, and Adam's differentiable path divides by lr
-    # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: the
-    # smallest positive number takes the branch and changes nothing else.
-    return float(torch.finfo(torch.float64).tiny)
+    # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: a tiny
+    # positive number takes the branch and changes nothing else. Adam divides by lr, also in float32.
+    return 1e-20 if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)
+
+
+@contextmanager
+def _exact_counters(packets: Sequence[_Packet]) -> Iterator[None]:
+    """Step counts that the first step of a run creates are float64 as well, see `_Packet.collect`.
+
+    torch gives them the default dtype, and nothing but that chooses it.
+    """
+    if all(packet.state for packet in packets):
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _packets(

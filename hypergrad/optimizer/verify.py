@@ -17,7 +17,7 @@ import torch
 from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
 from hypergrad.optimizer.shadow import shadow, single_tensor_group
-from hypergrad.optimizer.step import Direction, differentiate_step
+from hypergrad.optimizer.step import Direction, StepTangents, differentiate_step
 from hypergrad.rng import preserved_rng
 from hypergrad.torch_internals import raw_step
 
@@ -25,8 +25,13 @@ _WARM_UP = 8  # RAdam's rectified branch starts at step 6 with its default betas
 _TOLERANCE = 1e-3  # a lost term shows as an error of order one
 
 
-def verify(optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> None:
+def verify(
+    optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter], *, carried: bool = False
+) -> None:
     """Check each hyperparameter of each kind of param group; changes nothing.
+
+    Args:
+        carried: also check tangents that are carried over several steps, through parameters, gradients and state.
 
     Raises:
         HyperparameterError: if the step does not depend on the hyperparameter.
@@ -45,6 +50,8 @@ def verify(optimizer: torch.optim.Optimizer, hyperparameters: Sequence[Optimizer
             problem = _Problem(optimizer, group)
             for hyperparameter in hyperparameters:
                 problem.check(hyperparameter)
+                if carried:
+                    problem.check_carried(hyperparameter)
 
 
 @contextmanager
@@ -168,6 +175,49 @@ class _Problem:
                 f"Leave {hyperparameter.name!r} out and learn the others, or use another optimizer."
             )
         self._check_read_late(hyperparameter, value + step, up)
+
+    def check_carried(self, hyperparameter: OptimizerHyperparameter) -> None:
+        """A run of a few steps on half a square: each gradient is a noise plus the parameter itself."""
+        value = hyperparameter.read(self._twin.param_groups[0])
+        step = _difference_step(value)
+        twin, tangents = self._warmed_up(), StepTangents()
+        for _ in self._run(twin):
+            try:
+                tangents = differentiate_step(
+                    twin, Direction({(0, hyperparameter): 1.0}, tangents.params, tangents.params, tangents.state)
+                )
+            except Exception as error:  # whatever a foreign step() raises when it meets tensors that it did not expect
+                raise UnsupportedOptimizerError(
+                    f"Several steps of {self._name} cannot be differentiated with respect to {hyperparameter.name!r}: "
+                    f"{type(error).__name__}: {error}. Use Online(), which differentiates one."
+                ) from error
+        ends = []
+        for sign in (1.0, -1.0):
+            moved = self._warmed_up()
+            hyperparameter.write(moved.param_groups[0], value + sign * step)
+            for _ in self._run(moved):
+                pass
+            ends.append(torch.cat([p.reshape(-1) for p in moved.param_groups[0]["params"]]))
+        expected = (ends[0] - ends[1]) / (2 * step)
+        params = twin.param_groups[0]["params"]
+        actual = torch.cat([tangents.params.get(p, torch.zeros_like(p)).reshape(-1) for p in params])
+        rounding = 8 * torch.finfo(torch.float64).eps * ends[0].norm() / step
+        off = (actual - expected).norm()
+        if not bool(off <= 10 * _TOLERANCE * expected.norm() + rounding):
+            raise UnsupportedOptimizerError(
+                f"Over several steps, {self._name} is not differentiated correctly with respect to "
+                f"{hyperparameter.name!r}: the derivative is off by {float(off):.2g} where its size is "
+                f"{float(expected.norm()):.2g}. Use Online(), which differentiates one step, or another optimizer."
+            )
+
+    def _run(self, twin: torch.optim.Optimizer) -> Iterator[None]:
+        """Yields before each of a few steps, when the gradients are there, and takes it."""
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for p in twin.param_groups[0]["params"]:
+                p.grad = p + torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            yield
+            self._step(twin)
 
     def _derivative(self, hyperparameter: OptimizerHyperparameter, where: str) -> dict[torch.Tensor, torch.Tensor]:
         direction = Direction(hyperparameters={(0, hyperparameter): 1.0})

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hypergrad import (
     ConfigurationError,
+    Forward,
     HypergradError,
     HyperparameterError,
     NotDifferentiableError,
@@ -33,6 +34,8 @@ def test_mode_and_loaders() -> None:
         HyperGradient(mode="minimum")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="one DataLoader, but got a list"):
         HyperGradient(val_dataloaders=[data()])
+    with pytest.raises(ConfigurationError, match=r"use Online\(\) here"):
+        HyperGradient(estimator=Forward())
 
 
 class Two(Net):

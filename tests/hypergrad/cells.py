@@ -52,6 +52,7 @@ class Cell:
     refused: dict[str, type[Exception]] = field(default_factory=dict)
     matrices_only: bool = False
     difference: float = 0.02  # relative step of central differences; small where the rule has a max(), a kink
+    carried: bool = True  # whether tangents can be carried over several steps; refused otherwise
 
     @property
     def name(self) -> str:
@@ -121,6 +122,7 @@ CELLS = [
         {"momentum": _LOST, "eps": _IGNORED, "ns_steps": _LOST}
         | {f"ns_coefficients[{i}]": _LOST for i in range(3)},  # bfloat16 inside
         matrices_only=True,
+        carried=False,
     ),
     Cell(Lion, {"lr": 0.1, "weight_decay": 0.1}, ("lr", "weight_decay", "betas[0]"), {"betas[1]": _IGNORED}),
 ]
@@ -171,9 +173,16 @@ class Problem:
 
     def last_step_difference(self, name: str, group: int = 0) -> float:
         """d(val_loss)/d(value at the last step), by central differences extrapolated twice (Richardson)."""
+        return self._difference(name, group, self.cell.difference, first=self.steps - 1)
+
+    def run_difference(self, name: str, group: int = 0) -> float:
+        """d(val_loss)/d(value at every step), in the same way. Over a run every rule has kinks or bends sharply."""
+        return self._difference(name, group, min(self.cell.difference, 1e-3), first=0)
+
+    def _difference(self, name: str, group: int, difference: float, first: int) -> float:
         hyperparameter = OptimizerHyperparameter(name)
         value = hyperparameter.read(self.optimizer(self.model()).param_groups[group])
-        h = self.cell.difference * (min(value, 1 - value) if 0 < value < 1 else abs(value)) or 1e-3
+        h = difference * (min(value, 1 - value) if 0 < value < 1 else abs(value)) or 1e-3
         if name == "momentum_decay" or value == 1e-8:
             h = 0.9 * value  # an effect that is linear and tiny: a short difference drowns in rounding
 
@@ -183,7 +192,7 @@ class Problem:
             for i, train_loss in enumerate(self.train_losses):
                 optimizer.zero_grad()
                 train_loss(model).backward()
-                if i == self.steps - 1:
+                if i == first:
                     hyperparameter.write(optimizer.param_groups[group], at)
                 optimizer.step()
             return self.val_loss(model).item()
