@@ -1,0 +1,155 @@
+"""What a hypergradient costs: time per inner step over that of plain training, and memory against the horizon.
+
+For each model, optimizer and estimator, K plain steps and the hypergradient of the same K steps take turns; the figure
+is the median over rounds of the ratio within a round. Memory is the growth of the process over plain training at its peak,
+in copies of the parameters, each case in a process of its own.
+Run: `.venv/bin/python examples/benchmarks/estimators.py --rounds 3 --horizons 10 60` (about 9 minutes on 2 cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hypergrad import Exact, FiniteDifference, Forward, Online, hypergradient
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overhead import Transformer, convolutional, perceptron
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.gru, self.head = nn.Embedding(64, 32), nn.GRU(32, 96, batch_first=True), nn.Linear(96, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(self.embedding(x))[0][:, -1])
+
+
+# name -> model, batch, targets
+TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], Callable[[], torch.Tensor]]] = {
+    "perceptron": (lambda: perceptron(512), lambda: torch.randn(256, 64), lambda: torch.randint(0, 10, (256,))),
+    "convolutional": (
+        lambda: convolutional(16),
+        lambda: torch.randn(32, 3, 32, 32),
+        lambda: torch.randint(0, 10, (32,)),
+    ),
+    "GRU": (Recurrent, lambda: torch.randint(0, 64, (32, 24)), lambda: torch.randint(0, 10, (32,))),
+    "transformer": (
+        lambda: Transformer(64, 2, 64),
+        lambda: torch.randint(0, 256, (16, 64)),
+        lambda: torch.randint(0, 256, (16, 64)),
+    ),
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+    "Adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+}
+ESTIMATORS = {
+    "online": Online(),
+    "no curvature": Forward(curvature=None),
+    "difference": Forward(curvature=FiniteDifference()),
+    "exact": Forward(curvature=Exact()),
+}
+
+
+def problem(task: str, optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[nn.Module], torch.Tensor]]:
+    torch.manual_seed(0)
+    make, inputs, targets = TASKS[task]
+    model, x, y = make(), inputs(), targets()
+    return model, OPTIMIZERS[optimizer](model.parameters()), lambda m: cross_entropy(m(x).flatten(0, -2), y.flatten())
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def ratios(task: str, optimizer: str, estimator: str, steps: int, rounds: int) -> list[float]:
+    model, opt, loss = problem(task, optimizer)
+    tuned = lambda: hypergradient(model, opt, [loss] * steps, loss, ["lr"], ESTIMATORS[estimator])  # noqa: E731
+    for warm_up in (lambda: plain(model, opt, loss, 2), tuned):
+        warm_up()
+    found = []
+    for _ in range(rounds):
+        base = seconds(lambda: plain(model, opt, loss, steps))
+        found.append(seconds(tuned) / base)
+    return found
+
+
+def resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def copies(optimizer: str, estimator: str, steps: int) -> float:
+    """Peak memory above plain training, in copies of the parameters of a large perceptron (36 MB)."""
+    torch.manual_seed(0)
+    model = perceptron(2900)
+    opt, x, y, peak = OPTIMIZERS[optimizer](model.parameters()), torch.randn(8, 64), torch.randint(0, 10, (8,)), [0.0]
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        peak[0] = max(peak[0], resident())
+        return cross_entropy(m(x), y)
+
+    plain(model, opt, loss, 5)
+    before = peak[0]
+    hypergradient(model, opt, [loss] * steps, loss, ["lr"], ESTIMATORS[estimator])
+    return (peak[0] - before) / (4e-6 * sum(p.numel() for p in model.parameters()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="inner steps K")
+    parser.add_argument("--horizons", type=int, nargs="*", default=[10, 60], help="K of the memory figures")
+    parser.add_argument("--task", default="", help="only tasks whose name starts with this")
+    parser.add_argument("--memory", nargs=3, metavar=("OPTIMIZER", "ESTIMATOR", "K"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        optimizer, estimator, steps = arguments.memory
+        print(copies(optimizer, estimator, int(steps)))
+        return
+    print(
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; K = {arguments.steps}"
+    )
+    print(f"{'time over plain':24}" + "".join(f"{name:>20}" for name in ESTIMATORS))
+    for task in (t for t in TASKS if t.startswith(arguments.task)):
+        for optimizer in OPTIMIZERS:
+            cells = []
+            for estimator in ESTIMATORS:
+                found = ratios(task, optimizer, estimator, arguments.steps, arguments.rounds)
+                cells.append(f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})")
+            print(f"{f'{task}, {optimizer}':24}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    if arguments.horizons:
+        print(f"{'copies of parameters':24}" + "".join(f"{f'K = {k}':>12}" for k in arguments.horizons))
+    for optimizer in OPTIMIZERS if arguments.horizons else ():
+        for estimator in ESTIMATORS:
+            cells = []
+            for steps in arguments.horizons:
+                command = [sys.executable, __file__, "--memory", optimizer, estimator, str(steps)]
+                cells.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            print(f"{f'{estimator}, {optimizer}':24}" + "".join(f"{cell:12.1f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
