@@ -1,8 +1,8 @@
 """What a hypergradient costs: time per inner step over that of plain training, and memory against the horizon.
 
 For each model, optimizer and estimator, K plain steps and the hypergradient of the same K steps take turns; the figure
-is the median over rounds of the ratio within a round. Memory is the growth of the process over plain training at its peak,
-in copies of the parameters, each case in a process of its own.
+is the median over rounds of the ratio within a round. Memory is the growth of the process over plain training at its
+peak, in copies of the parameters, each case in a process of its own.
 Run: `.venv/bin/python examples/benchmarks/estimators.py --rounds 3 --horizons 10 60` (about 9 minutes on 2 cores).
 """
 
