@@ -89,11 +89,11 @@ class _ForwardTracker(Tracker):
         for h in self._hyperparameters:
             for i in range(len(stepped)):
                 self._tangents.setdefault((i, h), StepTangents())
-        curved = self._curved(loss, [p for params in stepped for p in params])
+        moved = {p: None for params in stepped for p in params}
+        curved = self._curved(loss, list(moved))
         for (i, h), before in self._tangents.items():
             direction = Direction({(i, h): 1.0}, params=before.params, grads=curved.get((i, h), {}), state=before.state)
             after = differentiate_step(optimizer, direction)
-            moved = {p for params in stepped for p in params}
             # A parameter without a gradient stays where it is, and so does its tangent.
             kept = StepTangents(
                 {p: t for p, t in before.params.items() if p not in moved},

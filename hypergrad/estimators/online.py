@@ -38,7 +38,10 @@ class Online(Estimator):
     closed_forms: bool = True
 
     def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
-        """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly."""
+        """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly.
+
+        Closed forms are not checked: they hold for exact classes of torch.optim, and the tests prove them.
+        """
         check_optimizer(optimizer)
         verify(optimizer, [h for h in hyperparameters if not (self.closed_forms and is_known(optimizer, h.name))])
         return _OnlineTracker(optimizer, hyperparameters, self.closed_forms)

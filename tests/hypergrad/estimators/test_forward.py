@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from hypergrad import (
     hypergradient,
     resolve,
 )
-from tests.hypergrad.cells import ACCEPTED, Cell, Problem, ids
+from tests.hypergrad.cells import ACCEPTED, CELLS, Cell, Problem, ids
 
 CARRIED = [(cell, name) for cell, name in ACCEPTED if cell.carried]
 NOT_CARRIED = [(cell, name) for cell, name in ACCEPTED if not cell.carried]
@@ -59,8 +60,6 @@ def test_refuses_what_it_cannot_carry(cell: Cell, name: str) -> None:
 
 @pytest.mark.parametrize("index", [1, 7])  # SGD with momentum, AdamW
 def test_each_param_group_has_its_own_hypergradient(index: int, double: None) -> None:
-    from tests.hypergrad.cells import CELLS
-
     problem = Problem(CELLS[index], groups=2, steps=6)
     expected = torch.tensor([problem.run_difference("lr", group) for group in range(2)])
     torch.testing.assert_close(_measured(problem, "lr", Forward()), expected, rtol=1e-6, atol=1e-12)
@@ -68,8 +67,6 @@ def test_each_param_group_has_its_own_hypergradient(index: int, double: None) ->
 
 @pytest.mark.parametrize("index", [1, 7])
 def test_without_memory_it_is_online_and_without_a_past_too(index: int, double: None) -> None:
-    from tests.hypergrad.cells import CELLS
-
     problem = Problem(CELLS[index])
     for name in ("lr", "weight_decay"):
         online = _measured(problem, name, Online())
@@ -202,8 +199,6 @@ def test_a_parameter_that_rests_keeps_its_tangent(double: None) -> None:
     runs = [both, first, both, first]
 
     def loss(lr: float) -> float:
-        import copy
-
         clone = copy.deepcopy(model)
         optimizer = torch.optim.Adam(clone.parameters(), lr=lr)
         for one in runs:
