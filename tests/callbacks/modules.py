@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torchmetrics
 from torch.utils.data import DataLoader, TensorDataset
+
+from hypergrad.callbacks import HyperGradient
 
 
 def data(n: int = 96, batch_size: int = 16, *, seed: int = 0, shuffle: bool = False) -> DataLoader[Any]:
@@ -93,3 +96,10 @@ def trainer(tmp: Any = None, **kwargs: Any) -> pl.Trainer:
         "log_every_n_steps": 1,
     }
     return pl.Trainer(default_root_dir=tmp, **{**settings, **kwargs})
+
+
+def fit(module: pl.LightningModule, callback: HyperGradient, tmp: Path, **kwargs: Any) -> pl.Trainer:
+    """Train on `data()` with the callback; what the Trainer has measured is on what is returned."""
+    fitted = trainer(tmp, callbacks=[callback], **kwargs)
+    fitted.fit(module, data(), data(seed=1))
+    return fitted
