@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Stateful, data, trainer
+from tests.callbacks.modules import Reseed, Resumable, Scheduled, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
-
-
-class Resumable:
-    """A training loader that remembers its place, as torchdata's StatefulDataLoader does."""
-
-    def __init__(self) -> None:
-        self.batches = list(data())
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        # Lightning reads exactly `len` batches, so that this generator never gets to run past its last one.
-        for i in range(self.position % len(self), len(self)):
-            self.position = i + 1
-            yield self.batches[i]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class Augmented(Dataset[Any]):
@@ -50,23 +26,6 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         return torch.full((5,), i / 24) + torch.rand(5), i % 3
-
-
-class Scheduled(Stateful):
-    """With a schedule, BatchNorm, Dropout and a random validation_step."""
-
-    def configure_optimizers(self) -> Any:
-        groups = [{"params": self.net[0].parameters(), "weight_decay": 0.05}, {"params": self.net[4].parameters()}]
-        optimizer = torch.optim.AdamW(groups, lr=0.01)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class Reseed(pl.Callback):
-    """Lightning does not save the global RNG streams; this stands in for users who do."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        torch.manual_seed(1000 + trainer.global_step)
 
 
 def _fit(tmp: Path, callback: HyperGradient, every: int, resume: str | None = None) -> tuple[Any, ModelCheckpoint]:
