@@ -77,30 +77,16 @@ class FirstStep(pl.Callback):
         self.step = trainer.global_step
 
 
-def main() -> None:
-    """Train to the end, or to the pause, and leave everything that a continued run must share in result.pt."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--pause-before-batch", type=int)
-    parser.add_argument("--pause-in-save", type=int)
-    options = parser.parse_args()
-    signal.alarm(300)  # what hangs must not hang the tests
-    wait()
-    make, batches_per_step, every_n_steps = SETTINGS[options.setting]
-
+def train(setting: str, folder: Path, *callbacks: pl.Callback) -> None:
+    """Train to the end, from the last checkpoint in the folder if there is one, and leave there what it came to."""
+    make, batches_per_step, every_n_steps = SETTINGS[setting]
     torch.manual_seed(0)
     module, first = make(), FirstStep()
     learned = HyperGradient(val_dataloaders=data(40, 8, seed=2), every_n_steps=every_n_steps)
-    saver = ModelCheckpoint(options.folder, "{step}", every_n_train_steps=4, save_last=True)
-    callbacks = [learned, saver, Reseed(), first]
-    if options.pause_before_batch is not None:
-        callbacks.append(PauseBeforeBatch(options.pause_before_batch))
-    if options.pause_in_save is not None:
-        pause_in_save(options.pause_in_save)
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_last=True)
     fitted = trainer(
-        options.folder,
-        callbacks=callbacks,
+        folder,
+        callbacks=[learned, saver, Reseed(), first, *callbacks],
         max_epochs=4,
         enable_checkpointing=True,
         accumulate_grad_batches=batches_per_step,
@@ -113,7 +99,24 @@ def main() -> None:
         "hyperparameters": learned.hyperparameters,
         "history": [dataclasses.asdict(update) for update in learned.history],
     }
-    torch.save(result, options.folder / "result.pt")
+    torch.save(result, folder / "result.pt")
+
+
+def main() -> None:
+    """Train in one folder after another."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--pause-before-batch", type=int)
+    parser.add_argument("--pause-in-save", type=int)
+    options = parser.parse_args()
+    signal.alarm(300)  # what hangs must not hang the tests
+    wait()
+    callbacks = [] if options.pause_before_batch is None else [PauseBeforeBatch(options.pause_before_batch)]
+    if options.pause_in_save is not None:
+        pause_in_save(options.pause_in_save)
+    for folder in options.folders:
+        train(options.setting, folder, *callbacks)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
@@ -18,45 +17,32 @@ import torch
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 
-Start = Callable[..., "subprocess.Popen[str]"]
-LeftAlone = Callable[[str], tuple["subprocess.Popen[str]", Path]]
+# From a setting and the option that makes it pause: a process to be killed, and its successor.
+Start = Callable[..., tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]]
 
 
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
-    """Starts processes of the training script, and leaves none behind."""
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the training script twice, and leaves no process behind."""
+    # Checkpoints are written to a temporary file first, which only a rename on one file system moves at once.
+    temporary, root = tmp_path / "temporary", Path(__file__).parents[2]
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
 
-        def _start(setting: str, folder: Path, *options: str) -> subprocess.Popen[str]:
-            # Checkpoints are written to a temporary file first, which only a rename on one file system moves at once.
-            temporary = folder / "temporary"
-            temporary.mkdir(parents=True, exist_ok=True)
-            root = Path(__file__).parents[2]
-            environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-            command = [sys.executable, "-m", "tests.callbacks.restartable", setting, str(folder), *options]
-            child = stack.enter_context(
-                subprocess.Popen(
-                    command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-            )
+        def _process(*arguments: str) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", "tests.callbacks.restartable", *arguments]
+            child = stack.enter_context(subprocess.Popen(command, cwd=root, env=environment, **pipes))
             stack.callback(child.kill)
             return child
 
+        def _start(setting: str, *pause: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+            killed, alone = str(tmp_path / "killed"), str(tmp_path / "alone")
+            # The successor continues first, in a process as fresh as can be, and then does the whole run alone.
+            return _process(setting, killed, *pause), _process(setting, killed, alone)
+
         yield _start
-
-
-@pytest.fixture(scope="module")
-def left_alone(start: Start, tmp_path_factory: pytest.TempPathFactory) -> LeftAlone:
-    """Starts the run of a setting that nobody kills, once, beside whatever the test does."""
-
-    @functools.cache
-    def _left_alone(setting: str) -> tuple[subprocess.Popen[str], Path]:
-        folder = tmp_path_factory.mktemp(setting)
-        child = start(setting, folder)
-        _go(child)
-        return child, folder
-
-    return _left_alone
 
 
 def _go(child: subprocess.Popen[str]) -> None:
@@ -64,6 +50,7 @@ def _go(child: subprocess.Popen[str]) -> None:
 
 
 def _until_paused(child: subprocess.Popen[str]) -> None:
+    _go(child)
     assert "paused\n" in child.stdout, "ended without a pause"
 
 
@@ -72,9 +59,11 @@ def _kill(child: subprocess.Popen[str]) -> None:
     assert child.wait() == -signal.SIGKILL
 
 
-def _result(child: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+def _results(child: subprocess.Popen[str], tmp: Path) -> list[dict[str, Any]]:
+    """Of the run that was killed, once it has been continued, and of the one that was left alone."""
+    _go(child)
     assert child.wait() == 0
-    return torch.load(folder / "result.pt", weights_only=True)
+    return [torch.load(tmp / name / "result.pt", weights_only=True) for name in ("killed", "alone")]
 
 
 def _assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -105,40 +94,30 @@ def _assert_plain(state: Any) -> None:
     ],
 )
 def test_between_two_checkpoints(
-    tmp_path: Path, start: Start, left_alone: LeftAlone, setting: str, batches: int, saved: int, measured: range
+    tmp_path: Path, start: Start, setting: str, batches: int, saved: int, measured: range
 ) -> None:
-    whole, killed = left_alone(setting), start(setting, tmp_path, "--pause-before-batch", str(batches))
-    resumed = start(setting, tmp_path)
-    _go(killed)
+    killed, successor = start(setting, "--pause-before-batch", str(batches))
     _until_paused(killed)
     _kill(killed)
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == saved
     _assert_plain(checkpoint["callbacks"]["HyperGradient"])
-    assert not (tmp_path / "result.pt").exists()
-    _go(resumed)
-    result, expected = _result(resumed, tmp_path), _result(*whole)
-    assert (result["first_step"], expected["first_step"]) == (saved, 0)
-    assert [update["step"] for update in expected["history"]] == list(measured)
-    _assert_identical(result, expected)
+    assert not (tmp_path / "killed" / "result.pt").exists()
+    continued, alone = _results(successor, tmp_path)
+    assert (continued["first_step"], alone["first_step"]) == (saved, 0)
+    assert [update["step"] for update in alone["history"]] == list(measured)
+    _assert_identical(continued, alone)
 
 
-def test_while_a_checkpoint_is_written(tmp_path: Path, start: Start, left_alone: LeftAlone) -> None:
-    setting = "adamw-scheduled"
-    whole, killed, resumed = (
-        left_alone(setting),
-        start(setting, tmp_path, "--pause-in-save", "2"),
-        start(setting, tmp_path),
-    )
-    _go(killed)
+def test_while_a_checkpoint_is_written(tmp_path: Path, start: Start) -> None:
+    killed, successor = start("adamw-scheduled", "--pause-in-save", "2")
     _until_paused(killed)
     (half,) = (path for path in (tmp_path / "temporary").iterdir() if path.is_file())
     assert half.stat().st_size > 0
     assert not zipfile.is_zipfile(half)
     _kill(killed)
     # What was being written, that of step 8, would have taken the place of this one.
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
-    _go(resumed)
-    result, expected = _result(resumed, tmp_path), _result(*whole)
-    assert (result["first_step"], expected["first_step"]) == (4, 0)
-    _assert_identical(result, expected)
+    assert torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["global_step"] == 4
+    continued, alone = _results(successor, tmp_path)
+    assert (continued["first_step"], alone["first_step"]) == (4, 0)
+    _assert_identical(continued, alone)
