@@ -20,15 +20,20 @@ from hypergrad.errors import (
 )
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.online import Online
+from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
+from hypergrad.loss_hyperparameter import Hyperparameter
 from hypergrad.rng import generators_of, preserved_rng
-from hypergrad.transform import Identity, Log, Logit, Transform
+from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
+from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, Tuner
 
 __all__ = [
+    "CG",
     "Cautious",
     "CheckResult",
     "CheckedHyperparameter",
@@ -44,19 +49,27 @@ __all__ = [
     "Hold",
     "HypergradError",
     "HypergradientResult",
+    "Hyperparameter",
     "HyperparameterError",
     "Identity",
+    "Implicit",
     "Log",
     "Logit",
     "Measurement",
+    "Neumann",
     "NotDifferentiableError",
+    "Nystrom",
     "Online",
     "OptimizerHyperparameter",
     "Outcome",
     "Reading",
+    "Softplus",
+    "Solution",
+    "Solver",
     "Tracker",
     "Transform",
     "Tuner",
+    "Unrolled",
     "UnsupportedOptimizerError",
     "check",
     "generators_of",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -54,3 +55,16 @@ def passes_through(tensors: Sequence[torch.Tensor], name: str) -> bool:
         seen.add(node)
         queue.extend(parent for parent, _ in node.next_functions)
     return False
+
+
+@contextmanager
+def requiring_grad(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside the block all of them require a gradient: hyperparameters, and parameters that are frozen for a while."""
+    asked = [t for t in tensors if not t.requires_grad]
+    try:
+        for t in asked:
+            t.requires_grad_(True)
+        yield
+    finally:
+        for t in asked:
+            t.requires_grad_(False)

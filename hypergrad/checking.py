@@ -12,9 +12,13 @@ import torch
 from hypergrad.errors import ConfigurationError
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.forward import Forward
-from hypergrad.functional import Loss, ModelT, hypergradient
-from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
+from hypergrad.estimators.implicit import Implicit
+from hypergrad.estimators.online import Online
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.functional import Loss, ModelT, Name, hypergradient, split_names
+from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.isolation import preserved
+from hypergrad.loss_hyperparameter import Hyperparameter
 from hypergrad.rng import preserved_rng
 from hypergrad.torch_internals import raw_step
 
@@ -28,7 +32,7 @@ class CheckedHyperparameter:
     """One hypergradient beside its central difference.
 
     Args:
-        name: the hyperparameter, followed by the param group's index where there are several.
+        name: the hyperparameter, followed by the param group's index where there are several, or by the element's.
         estimate: d(validation loss)/d(value) by the estimator.
         difference: the same by central differences of the whole computation, of the step whose neighbours agree best.
         uncertainty: how far the neighbouring steps are apart: rounding, or a loss with kinks.
@@ -66,24 +70,25 @@ def check(
     optimizer: torch.optim.Optimizer,
     train_losses: Sequence[Loss[ModelT]],
     val_loss: Loss[ModelT],
-    hyperparameters: Sequence[str | OptimizerHyperparameter] = ("lr", "weight_decay"),
+    hyperparameters: Sequence[Name] = ("lr", "weight_decay"),
     estimator: Estimator | None = None,
     *,
     tolerance: float = 1e-2,
 ) -> CheckResult:
     """Compare an estimator with central differences of the same few steps, on a user's own model.
 
-    Every training and validation loss is evaluated 15 times per hyperparameter and param group; take few steps. Model,
-    optimizer and the global RNG streams are left exactly as they were found. In float32 the differences are good to a
-    few digits only; a model in float64 shows more.
+    Every training and validation loss is evaluated 15 times per hyperparameter and param group; take few steps. Of a
+    `Hyperparameter` with more than eight elements, eight are checked. Model, optimizer and the global RNG streams are
+    left exactly as they were found. In float32 the differences are good to a few digits only; a model in float64 shows
+    more.
 
     Args:
         tolerance: relative difference up to which the two agree, beside the uncertainty of the differences.
         model, optimizer, train_losses, val_loss, hyperparameters, estimator: as for `hypergradient`.
 
     Raises:
-        ConfigurationError: for an estimator that is meant to differ from the derivative of the run: `Forward` with a
-            decay between 0 and 1 or without curvature.
+        ConfigurationError: for an estimator that is meant to differ from the derivative of the run: `Implicit`, and
+            `Forward` with a decay between 0 and 1 or without curvature.
 
     >>> theta = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
     >>> half_square = lambda model: 0.5 * (model.weight - 3.0).square().sum()
@@ -91,6 +96,11 @@ def check(
     >>> check(theta, sgd, [half_square] * 3, half_square, ["lr", "momentum"], Forward()).ok
     True
     """
+    if isinstance(estimator, Implicit):
+        raise ConfigurationError(
+            "Implicit differentiates the minimum and not the run that led to it, so a few steps cannot confirm it: "
+            "look at HypergradientResult.status and .residual, or check Unrolled() on the same losses."
+        )
     if isinstance(estimator, Forward) and (
         0.0 < estimator.decay < 1.0 or (estimator.decay and not estimator.curvature)
     ):
@@ -99,35 +109,52 @@ def check(
             "Forward(decay=1.0) with a curvature, whose parts are the same."
         )
     found = hypergradient(model, optimizer, train_losses, val_loss, hyperparameters, estimator)
-    every_step = estimator is not None and estimator.needs_every_step
-    rows = []
+    first = _first_step(estimator or Online(), len(train_losses))
+    own, modules = split_names(optimizer, model, hyperparameters)
     groups = len(optimizer.param_groups)
-    for h in resolve(optimizer, hyperparameters):
-        for group in range(groups):
-            run = _Run(model, optimizer, train_losses, val_loss, h, group, 0 if every_step else len(train_losses) - 1)
-            difference, uncertainty = run.difference()
-            estimate = float(found.grads[h.name].reshape(-1)[group])
-            name = h.name if groups == 1 else f"{h.name}, group {group}"
-            verdict = _verdict(estimate, difference, uncertainty, tolerance)
-            rows.append(CheckedHyperparameter(name, estimate, difference, uncertainty, verdict))
+    spots: list[tuple[str, int, OptimizerHyperparameter | Hyperparameter, int]] = []
+    for h in own:
+        spots += [(h.name, i, h, groups) for i in range(groups)]
+    for path, module in modules.items():
+        elements = torch.linspace(0, module.value.numel() - 1, min(8, module.value.numel())).long().tolist()
+        spots += [(path, i, module, module.value.numel()) for i in elements]
+    rows = []
+    for path, index, what, count in spots:
+        difference, uncertainty = _Run(model, optimizer, train_losses, val_loss, what, index, first).difference()
+        estimate = float(found.grads[path].reshape(-1)[index])
+        kind = "group" if isinstance(what, OptimizerHyperparameter) else "element"
+        verdict = _verdict(estimate, difference, uncertainty, tolerance)
+        name = path if count == 1 else f"{path}, {kind} {index}"
+        rows.append(CheckedHyperparameter(name, estimate, difference, uncertainty, verdict))
     return CheckResult(tuple(rows))
+
+
+def _first_step(estimator: Estimator, steps: int) -> int:
+    """The step from which on the estimator differentiates."""
+    if isinstance(estimator, Unrolled) and estimator.steps is not None:
+        return max(0, steps - estimator.steps)
+    return 0 if estimator.needs_every_step else steps - 1
 
 
 @dataclass(frozen=True)
 class _Run(Generic[ModelT]):
-    """The validation loss as a function of one value in one param group, used from step `first` on."""
+    """The validation loss as a function of one value, in one param group or element, used from step `first` on."""
 
     model: ModelT
     optimizer: torch.optim.Optimizer
     train_losses: Sequence[Loss[ModelT]]
     val_loss: Loss[ModelT]
-    hyperparameter: OptimizerHyperparameter
-    group: int
+    hyperparameter: OptimizerHyperparameter | Hyperparameter
+    index: int
     first: int
 
     def difference(self) -> tuple[float, float]:
         """The central difference whose next neighbours agree with it best, and how far they are off."""
-        value = self.hyperparameter.read(self.optimizer.param_groups[self.group])
+        what = self.hyperparameter
+        if isinstance(what, OptimizerHyperparameter):
+            value = what.read(self.optimizer.param_groups[self.index])
+        else:
+            value = float(what.value.reshape(-1)[self.index])
         room = min(value, 1.0 - value) if 0.0 < value < 1.0 else abs(value) or 1e-3
         table = []
         for relative in _STEPS:
@@ -141,12 +168,18 @@ class _Run(Generic[ModelT]):
     def value_at(self, value: float) -> float:
         with preserved(self.optimizer, self.model, parameters=True), preserved_rng():
             for i, loss in enumerate(self.train_losses):
+                if i == self.first:
+                    self._write(value)
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss(self.model))
-                if i == self.first:
-                    self.hyperparameter.write(self.optimizer.param_groups[self.group], value)
                 raw_step(self.optimizer)
             return self.val_loss(self.model).item()
+
+    def _write(self, value: float) -> None:
+        if isinstance(self.hyperparameter, OptimizerHyperparameter):
+            self.hyperparameter.write(self.optimizer.param_groups[self.index], value)
+        else:
+            self.hyperparameter.value.view(-1)[self.index] = value  # a copy: `preserved` puts the user's back
 
 
 def _verdict(estimate: float, difference: float, uncertainty: float, tolerance: float) -> Verdict:

@@ -1,39 +1,42 @@
-"""Hessian-vector products of the training loss: how the gradient of a step follows the parameters."""
+"""Hessian-vector products of the training loss: how the gradient of a step follows parameters and hyperparameters."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hypergrad.autodiff import passes_through
+from hypergrad.autodiff import passes_through, requiring_grad
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
 
 # Evaluates the training loss of one step at the parameters as they stand: the same batch, randomness and buffers at
 # every call, and no trace left.
 Evaluation = Callable[[], torch.Tensor]
-Vectors = Sequence[torch.Tensor]
+# One entry per input, in its shape; None stands for zero.
+Vector = Sequence[torch.Tensor | None]
+Product = Callable[[Vector], list[torch.Tensor | None]]
 
 
 class Curvature(ABC):
-    """A way to compute H v, where H is the Hessian of the training loss at the parameters before the step."""
+    """A way to compute H v, where H is the Hessian of the training loss with respect to all inputs together."""
 
     @abstractmethod
-    def products(
-        self, loss: Evaluation, params: Vectors, grads: Vectors, directions: Sequence[Vectors]
-    ) -> list[list[torch.Tensor]]:
-        """H v for each direction v. Parameters and `.grad` are as before afterwards, also if the loss raises.
+    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> AbstractContextManager[Product]:
+        """The map v -> H v at the inputs as they stand on entry, for use inside the block.
+
+        A row of H v that is None is zero because the gradient of the loss does not depend on that input. Inputs and
+        `.grad` are as before afterwards, also if the loss raises.
 
         Args:
             loss: evaluates the training loss.
-            params: tensors that require a gradient.
-            grads: the gradient of the loss with respect to each of them, as the real step has it.
-            directions: vectors v, each a sequence of tensors with the shapes of `params`.
+            inputs: parameters, and tensors of hyperparameters that the loss uses.
+            grads: the gradient of the loss with respect to each parameter, as the real step has it; None for a tensor
+                of hyperparameters, and for all of them where it is not known.
 
         Raises:
             NotDifferentiableError: if the loss cannot be differentiated as often as is needed.
@@ -48,59 +51,53 @@ class Exact(Curvature):
     evaluated by kernels that can be differentiated twice; compiled modules cannot, and take `FiniteDifference`.
     """
 
-    def products(
+    @contextmanager
+    def at(
         self,
         loss: Evaluation,
-        params: Vectors,
-        grads: Vectors,  # noqa: ARG002 (another curvature needs them)
-        directions: Sequence[Vectors],
-    ) -> list[list[torch.Tensor]]:
-        """See `Curvature.products`."""
-        if not directions:
-            return []
-        try:
-            with torch.enable_grad(), _twice_differentiable_kernels():
-                gradients = torch.autograd.grad(loss(), list(params), create_graph=True, allow_unused=True)
-                # A gradient without a graph is a constant: the loss is linear in that parameter.
-                alive = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-                # Left where a function is differentiable once: autograd goes round it and gives 0 in silence.
-                if passes_through([gradients[i] for i in alive], "torch::autograd::Error"):
-                    raise NotDifferentiableError(
-                        "The training loss goes through a torch.autograd.Function that is marked once_differentiable: "
-                        "use curvature=FiniteDifference()."
-                    )
-                if not alive:
-                    return [[torch.zeros_like(p) for p in params] for _ in directions]
-                return [
-                    list(
+        inputs: Sequence[torch.Tensor],
+        grads: Vector,  # noqa: ARG002 (another curvature needs them)
+    ) -> Iterator[Product]:
+        """See `Curvature.at`."""
+        with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
+            with _refusals():
+                gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
+            # A gradient without a graph is a constant: the loss is linear in that input.
+            alive = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+            # Left where a function is differentiable once: autograd goes round it and gives 0 in silence.
+            if passes_through([gradients[i] for i in alive], "torch::autograd::Error"):
+                raise NotDifferentiableError(
+                    "The training loss goes through a torch.autograd.Function that is marked once_differentiable: "
+                    "use curvature=FiniteDifference()."
+                )
+
+            def product(v: Vector) -> list[torch.Tensor | None]:
+                rows = [i for i in alive if v[i] is not None]
+                if not rows:
+                    return [None] * len(inputs)
+                with _refusals():
+                    return list(
                         torch.autograd.grad(
-                            [gradients[i] for i in alive],
-                            list(params),
-                            [v[i] for i in alive],
-                            retain_graph=at < len(directions) - 1,
+                            [gradients[i] for i in rows],
+                            list(inputs),
+                            [v[i] for i in rows],
+                            retain_graph=True,
                             allow_unused=True,
-                            materialize_grads=True,
                         )
                     )
-                    for at, v in enumerate(directions)
-                ]
-        except RuntimeError as error:
-            if "not implemented" not in str(error) and "double backward" not in str(error):
-                raise
-            raise NotDifferentiableError(
-                f"The training loss cannot be differentiated twice ({str(error).splitlines()[0]}): use "
-                "curvature=FiniteDifference()."
-            ) from error
+
+            yield product
 
 
 @dataclass(frozen=True)
 class FiniteDifference(Curvature):
-    """H v = (g(theta + e v) - g(theta)) / e, with e v of relative size `step`: one more gradient per direction.
+    """H v = (g(x + e v) - g(x)) / e, with e v of relative size `step`: one more gradient per direction.
 
-    Works wherever a gradient does: fused attention, recurrent kernels, compiled modules, mixed precision.
+    Works wherever a gradient does: fused attention, recurrent kernels, compiled modules, mixed precision. A direction
+    in both parameters and hyperparameters costs two, and one gradient per block is spent where g(x) is not known.
 
     Args:
-        step: size of e v relative to 1 + |theta|, in (0, 1). Default: the square root of the rounding error of the
+        step: size of e v relative to 1 + |x|, in (0, 1). Default: the square root of the rounding error of the
             parameters' dtype (3e-4 in float32), where the errors of rounding and of curvature balance.
 
     Raises:
@@ -113,33 +110,69 @@ class FiniteDifference(Curvature):
         if self.step is not None and not 0.0 < self.step < 1.0:
             raise ConfigurationError(f"`step` must lie in (0, 1), but got {self.step!r}.")
 
-    @torch.no_grad()
-    def products(
-        self, loss: Evaluation, params: Vectors, grads: Vectors, directions: Sequence[Vectors]
-    ) -> list[list[torch.Tensor]]:
-        """See `Curvature.products`."""
-        return [self._product(loss, params, grads, v) for v in directions]
+    @contextmanager
+    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> Iterator[Product]:
+        """See `Curvature.at`."""
+        step = self.step if self.step is not None else math.sqrt(max(torch.finfo(p.dtype).eps for p in inputs))
 
-    def _product(self, loss: Evaluation, params: Vectors, grads: Vectors, v: Vectors) -> list[torch.Tensor]:
-        rounding = max(torch.finfo(p.dtype).eps for p in params)
-        step = self.step if self.step is not None else math.sqrt(rounding)
-        length = step * (1.0 + _norm(params)) / (_norm(v) + 1e-30)
-        before = [p.detach().clone() for p in params]
-        try:
-            for p, direction in zip(params, v, strict=True):
-                p.add_(direction * length.to(p))
+        def gradient() -> tuple[torch.Tensor | None, ...]:
             with torch.enable_grad():
-                moved = torch.autograd.grad(loss(), list(params), allow_unused=True, materialize_grads=True)
-        finally:
-            for p, old in zip(params, before, strict=True):
-                p.copy_(old)
-        return [(m - g).div_(length.to(m)) for m, g in zip(moved, grads, strict=True)]
+                return torch.autograd.grad(loss(), list(inputs), allow_unused=True)
+
+        with requiring_grad(inputs), torch.no_grad():
+            here = tuple(grads) if all(g is not None for g in grads) else gradient()
+            # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
+            blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
+
+            def product(v: Vector) -> list[torch.Tensor | None]:
+                result: list[torch.Tensor | None] = [None] * len(inputs)
+                for block in blocks:
+                    moved = [i for i in block if v[i] is not None]
+                    if not moved:
+                        continue
+                    directions = [d for d in (v[i] for i in moved) if d is not None]
+                    length = step * (1.0 + _norm([inputs[i] for i in moved])) / (_norm(directions) + 1e-30)
+                    with _moved([inputs[i] for i in moved], directions, length):
+                        there = gradient()
+                    for i, (a, b) in enumerate(zip(there, here, strict=True)):
+                        if a is not None and b is not None:
+                            change = (a - b) / length.to(a)
+                            known = result[i]
+                            result[i] = change if known is None else known + change
+                return result
+
+            yield product
 
 
-def _norm(tensors: Vectors) -> torch.Tensor:
+@contextmanager
+def _moved(inputs: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], length: torch.Tensor) -> Iterator[None]:
+    before = [x.detach().clone() for x in inputs]
+    try:
+        for x, direction in zip(inputs, directions, strict=True):
+            x.add_(direction * length.to(x))
+        yield
+    finally:
+        for x, old in zip(inputs, before, strict=True):
+            x.copy_(old)
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     norms = torch.stack([torch.linalg.vector_norm(t.detach()).float() for t in tensors])
     norm: torch.Tensor = torch.linalg.vector_norm(norms)
     return norm
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" not in str(error) and "double backward" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            f"The training loss cannot be differentiated twice ({str(error).splitlines()[0]}): use "
+            "curvature=FiniteDifference()."
+        ) from error
 
 
 @contextmanager

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
-from hypergrad.autodiff import gradient
+from hypergrad.autodiff import gradient, requiring_grad
+from hypergrad.curvature import Evaluation
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
 from hypergrad.estimators.base import Contraction, Estimator
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
+from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.rng import RngState, preserved_rng
 from hypergrad.torch_internals import raw_step
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 Loss = Callable[[ModelT], torch.Tensor]
+Name = str | OptimizerHyperparameter | Hyperparameter
 
 
 @dataclass(frozen=True)
 class HypergradientResult(Generic[ModelT]):
     """What `hypergradient` found.
 
-    Shapes are `()` where the optimizer has one param group and `(groups,)` where it has several.
+    Of an optimizer's hyperparameter, shapes are `()` with one param group and `(groups,)` with several; of a
+    `Hyperparameter` in the loss, those of its value.
 
     Args:
         grads: d(validation loss)/d(value) by hyperparameter name, in natural units (per unit of lr, not of log lr).
         value: the validation loss after the inner steps, shape `()`.
         cosines: the cosine between the validation gradient and d(parameters)/d(value): in [-1, 1], free of scale.
-            Near 0 the hyperparameter hardly matters for this loss, or the gradients are mostly noise.
+            Near 0 the hyperparameter hardly matters for this loss, or the gradients are mostly noise. Only where the
+            estimator goes forwards.
         gradient_evaluations: losses evaluated with their gradient: one per inner step, those that the estimator needs
             beside them, and one for the validation loss. Hessian-vector products of `Exact` come on top.
         status: `"ok"`, or what is wrong with the numbers and what to do about it.
+        residual: of `Implicit`: the relative residual of its linear system.
     """
 
     grads: dict[str, torch.Tensor]
@@ -42,6 +48,7 @@ class HypergradientResult(Generic[ModelT]):
     cosines: dict[str, torch.Tensor]
     gradient_evaluations: int
     status: str = "ok"
+    residual: float | None = None
 
 
 def hypergradient(
@@ -49,7 +56,7 @@ def hypergradient(
     optimizer: torch.optim.Optimizer,
     train_losses: Sequence[Loss[ModelT]],
     val_loss: Loss[ModelT],
-    hyperparameters: Sequence[str | OptimizerHyperparameter] = ("lr", "weight_decay"),
+    hyperparameters: Sequence[Name] = ("lr", "weight_decay"),
     estimator: Estimator | None = None,
 ) -> HypergradientResult[ModelT]:
     """d(validation loss)/d(hyperparameters) after one optimizer step per training loss.
@@ -61,9 +68,10 @@ def hypergradient(
         optimizer: an optimizer over parameters of the model, at any point of its run.
         train_losses: callables `model -> scalar tensor`, one inner optimizer step each, in order.
         val_loss: a callable `model -> scalar tensor`.
-        hyperparameters: names such as `"lr"` or `"betas[0]"`.
+        hyperparameters: names such as `"lr"` or `"betas[0]"`, and `Hyperparameter` modules of the model, which go by
+            their path in it.
         estimator: how to differentiate. Default: `Online()`, which differentiates the last step and holds the
-            earlier ones constant; `Forward()` differentiates them all.
+            earlier ones constant; `Forward()` and `Unrolled()` differentiate them all, `Implicit()` the minimum.
 
     Raises:
         ConfigurationError: for no training loss at all.
@@ -81,57 +89,87 @@ def hypergradient(
     """
     if not train_losses:
         raise ConfigurationError("`train_losses` is empty: pass one callable per inner step, `model -> scalar tensor`.")
-    resolved, chosen = resolve(optimizer, hyperparameters), estimator or Online()
+    own, modules = split_names(optimizer, model, hyperparameters)
+    chosen = estimator or Online()
     # `optimizer` first: its parameters need not be reachable from `model`.
     with preserved(optimizer, model, parameters=True), preserved_rng():
-        tracker = chosen.track(optimizer, resolved)
-        evaluations = 0
+        # The values as they stand in the model now: inside this block its buffers are copies.
+        tracker = chosen.track(optimizer, own, {name: module.value for name, module in modules.items()})
+        replays = _Replays(model)
         for loss in train_losses:
             optimizer.zero_grad(set_to_none=True)
-            again = _Again(model, loss) if chosen.needs_training_loss else None
+            again = replays.of(loss) if tracker.needs_loss else None
             torch.autograd.backward(_scalar(loss(model), "train_losses"))
             tracker.before_step(again)
             raw_step(optimizer)
             tracker.after_step()
-            evaluations += 1 if again is None else 1 + again.calls
         if not tracker.params:
             raise NotDifferentiableError(
                 "The last training loss gave no gradient to any parameter of the optimizer: does the optimizer hold "
                 "the parameters of this model, and do they require gradients?"
             )
-        value = _scalar(val_loss(model), "val_loss")
-        gradients = gradient(value, tracker.params, model)
+        with requiring_grad(tracker.params):
+            value = _scalar(val_loss(model), "val_loss")
+            gradients = gradient(value, tracker.params, model)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
-    scales = {name: norms * contraction.gradient_norms for name, norms in contraction.tangent_norms.items()}
+    found = contraction.hypergradients
     return HypergradientResult(
-        grads={name: _squeezed(h) for name, h in contraction.hypergradients.items()},
+        grads={name: h if name in modules else _squeezed(h) for name, h in found.items()},
         value=value.detach(),
         cosines={
-            name: _squeezed(torch.where(scales[name] > 0, h / scales[name], torch.zeros_like(h)))
-            for name, h in contraction.hypergradients.items()
+            name: cosine if name in modules else _squeezed(cosine)
+            for name, norms in contraction.tangent_norms.items()
+            for cosine in [_cosine(found[name], norms, contraction)]
         },
-        gradient_evaluations=evaluations + 1,
+        gradient_evaluations=len(train_losses) + replays.calls + 1,
         status=_status(value, contraction, len(train_losses)),
+        residual=contraction.residual,
     )
 
 
-class _Again(Generic[ModelT]):
-    """Evaluates a training loss as the real step did: from the random streams and buffers that stand at creation."""
+def split_names(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, hyperparameters: Name | Sequence[Name]
+) -> tuple[tuple[OptimizerHyperparameter, ...], Mapping[str, Hyperparameter]]:
+    """The hyperparameters of the optimizer, and those in the loss by name."""
+    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter)):
+        hyperparameters = (hyperparameters,)
+    modules = loss_hyperparameters(model, [h for h in hyperparameters if isinstance(h, Hyperparameter)])
+    rest = [h for h in hyperparameters if not isinstance(h, Hyperparameter)]
+    return resolve(optimizer, rest) if rest or not modules else (), modules
 
-    def __init__(self, model: ModelT, loss: Loss[ModelT]) -> None:
-        self._model, self._loss = model, loss
-        self._rng = RngState.capture()
-        self._buffers = [b.detach().clone() for b in model.buffers()]
+
+class _Replays(Generic[ModelT]):
+    """Evaluates training losses as the real steps did, and counts how often."""
+
+    def __init__(self, model: ModelT) -> None:
         self.calls = 0
+        self._model = model
+        values = {id(m.value) for m in loss_hyperparameters(model).values()}
+        self._buffers = [name for name, b in model.named_buffers() if id(b) not in values]
 
-    def __call__(self) -> torch.Tensor:
-        self.calls += 1
-        with preserved_rng(), preserved(self._model):
-            self._rng.restore()
-            with torch.no_grad():
-                for now, then in zip(self._model.buffers(), self._buffers, strict=True):
-                    now.copy_(then)
-            return _scalar(self._loss(self._model), "train_losses")
+    def of(self, loss: Loss[ModelT]) -> Evaluation:
+        """The loss, from the random streams and buffers that stand now."""
+        rng, model = RngState.capture(), self._model
+        then = {name: b.detach().clone() for name, b in model.named_buffers() if name in self._buffers}
+
+        def again() -> torch.Tensor:
+            self.calls += 1
+            with preserved_rng(), preserved(model):
+                rng.restore()
+                with torch.no_grad():
+                    for name, b in model.named_buffers():
+                        if name in then:
+                            b.copy_(then[name])
+                return _scalar(loss(model), "train_losses")
+
+        return again
+
+
+def _cosine(h: torch.Tensor, tangent_norms: torch.Tensor, contraction: Contraction) -> torch.Tensor:
+    # Of a hyperparameter in the loss the norm of the whole validation gradient, which is that of every group.
+    same = tangent_norms.shape == contraction.gradient_norms.shape
+    scale = tangent_norms * (contraction.gradient_norms if same else contraction.gradient_norms.max())
+    return torch.where(scale > 0, h / scale, torch.zeros_like(h))
 
 
 def _status(value: torch.Tensor, contraction: Contraction, steps: int) -> str:
@@ -139,7 +177,7 @@ def _status(value: torch.Tensor, contraction: Contraction, steps: int) -> str:
         return f"the validation loss is {value.item()} after {steps} steps: the training itself diverges"
     bad = [name for name, h in contraction.hypergradients.items() if not bool(torch.isfinite(h).all())]
     if not bad:
-        return "ok"
+        return contraction.status
     return (
         f"d/d({', '.join(bad)}) is not finite after {steps} steps: the run amplifies a small change beyond what the "
         "dtype can hold. Use fewer steps, Forward(decay=0.9) or a smaller learning rate"

@@ -23,6 +23,14 @@ def raw_step(optimizer: torch.optim.Optimizer, *closure: Any) -> None:
     step(optimizer, *closure)
 
 
+def grad_mode_switch() -> Any:
+    """The function through which `torch.no_grad()` and its like switch gradients, as a TorchFunctionMode sees it.
+
+    Uses `torch._C._set_grad_enabled`: a step that is decorated with `torch.no_grad()` leaves no other way in.
+    """
+    return torch._C._set_grad_enabled
+
+
 @contextmanager
 def without_gradient_hooks(tensors: Iterable[torch.Tensor], module: torch.nn.Module | None = None) -> Iterator[None]:
     """Differentiate the loss itself: hooks that change gradients on their way belong to training.

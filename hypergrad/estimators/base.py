@@ -9,26 +9,35 @@ from dataclasses import dataclass
 import torch
 
 from hypergrad.curvature import Evaluation
+from hypergrad.errors import HyperparameterError
 from hypergrad.hyperparameter import OptimizerHyperparameter
+
+# The values of hyperparameters in the loss, by name.
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """Validation gradient times d(parameters)/d(hyperparameter), per hyperparameter and param group.
+    """Validation gradient times d(parameters)/d(hyperparameter), per hyperparameter.
 
-    All tensors have shape `(groups,)`, stay on the parameters' device and are float32 or wider. A group that the
-    step did not move has zeros.
+    For a hyperparameter of the optimizer all tensors have shape `(groups,)`, for one in the loss that of its value.
+    They stay on the parameters' device and are float32 or wider. A group that the steps did not move has zeros.
 
     Args:
         hypergradients: d(val_loss)/d(value), in natural units.
-        tangent_norms: the Euclidean norm of d(parameters)/d(value of the group).
-        gradient_norms: the Euclidean norm of the validation gradient on the parameters that the group's
-            hyperparameters act on.
+        tangent_norms: the Euclidean norm of d(parameters)/d(value), where the estimator knows it: going backwards
+            through a run never forms that derivative.
+        gradient_norms: shape `(groups,)`: the Euclidean norm of the validation gradient on the parameters that the
+            group's hyperparameters act on.
+        status: `"ok"`, or what was wrong and what to do about it.
+        residual: of an implicit estimator: |(H + damping) x - g| / |g| of the linear system that it solved.
     """
 
     hypergradients: dict[str, torch.Tensor]
     tangent_norms: dict[str, torch.Tensor]
     gradient_norms: torch.Tensor
+    status: str = "ok"
+    residual: float | None = None
 
 
 class Tracker(ABC):
@@ -37,14 +46,19 @@ class Tracker(ABC):
     @property
     @abstractmethod
     def params(self) -> Sequence[torch.Tensor]:
-        """The parameters whose validation gradient `contract` needs; empty before the first tracked step."""
+        """The parameters and loss hyperparameters whose validation gradient `contract` needs; empty at the start."""
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether steps must be tracked with an evaluation of their training loss."""
+        return False
 
     @abstractmethod
     def before_step(self, loss: Evaluation | None = None) -> None:
         """Call between the final gradient and the update, on every step that is to be tracked.
 
         Args:
-            loss: evaluates the training loss of this step; needed where `Estimator.needs_training_loss`.
+            loss: evaluates the training loss of this step, now or later; needed where `needs_loss`.
         """
 
     def after_step(self) -> None:  # noqa: B027 (an estimator may have nothing to read off the step)
@@ -67,16 +81,48 @@ class Estimator(ABC):
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return False
 
-    @property
-    def needs_training_loss(self) -> bool:
-        """Whether steps must be tracked with an evaluation of their training loss."""
-        return False
-
     @abstractmethod
-    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
+    def track(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors | None = None,
+    ) -> Tracker:
         """Start to follow an optimizer.
+
+        Args:
+            hyperparameters: those of the optimizer.
+            tensors: the values of those in the training loss, which the loss reads from these very tensors.
 
         Raises:
             UnsupportedOptimizerError: for an optimizer that this estimator cannot differentiate.
-            HyperparameterError: for a hyperparameter on which the optimizer's step does not depend.
+            HyperparameterError: for a hyperparameter on which the optimizer's step does not depend, or that this
+                estimator cannot serve.
         """
+
+
+def wide(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """float64 if any of the tensors has it, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def norm(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The Euclidean norm of all of them together."""
+    if not tensors:
+        return torch.zeros((), dtype=dtype)
+    norms = torch.stack([torch.linalg.vector_norm(t.to(dtype)) for t in tensors])
+    whole: torch.Tensor = torch.linalg.vector_norm(norms)
+    return whole
+
+
+def check_used(name: str, used: bool) -> None:
+    """Refuse a hyperparameter on which no gradient of the training loss depends.
+
+    Raises:
+        HyperparameterError: if it is not used.
+    """
+    if not used:
+        raise HyperparameterError(
+            f"The gradient of the training loss never depends on {name!r}: call the Hyperparameter in the training "
+            "loss, in a term that also has parameters of the optimizer, without .item() or .detach()."
+        )

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
-from hypergrad.errors import ConfigurationError, HypergradError
-from hypergrad.estimators.base import Contraction, Estimator, Tracker
+from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
+from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker, check_used, norm, wide
 from hypergrad.hyperparameter import OptimizerHyperparameter
-from hypergrad.optimizer.step import Direction, StepTangents, check_optimizer, differentiate_step, stepped_params
+from hypergrad.optimizer.packets import stepped_params
+from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step
 from hypergrad.optimizer.verify import verify
+
+# One direction per number: beyond this many, going backwards is cheaper by far.
+_MOST_DIRECTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,9 @@ class Forward(Estimator):
         Z' = dPhi/ds Z + dPhi/dlam,    h = grad L_val(theta) . Z_theta
 
     so that the hypergradient sees the effect of a hyperparameter on all steps since tracking began, in memory that does
-    not grow with their number: one copy of parameters and optimizer state per hyperparameter and param group. Each of
-    them costs one Hessian-vector product and one differentiated step per training step.
+    not grow with their number: one copy of parameters and optimizer state per hyperparameter and param group, or per
+    element of a hyperparameter in the loss. Each of them costs one Hessian-vector product and one differentiated step
+    per training step.
 
     Forward-HG of Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", eqs. 13-15;
     real-time recurrent learning of a hyperparameter.
@@ -54,16 +59,32 @@ class Forward(Estimator):
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return self.decay > 0.0
 
-    @property
-    def needs_training_loss(self) -> bool:
-        """Whether steps must be tracked with an evaluation of their training loss."""
-        return self.decay > 0.0 and self.curvature is not None
-
-    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
+    def track(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors | None = None,
+    ) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its steps are differentiated correctly."""
+        tensors = tensors or {}
+        numbers = sum(t.numel() for t in tensors.values())
+        if tensors and self.curvature is None:
+            raise HyperparameterError(
+                f"{', '.join(tensors)}: hyperparameters in the loss act through its second derivatives, which "
+                "Forward(curvature=None) drops. Use curvature=Exact() or FiniteDifference()."
+            )
+        if numbers > _MOST_DIRECTIONS:
+            raise HyperparameterError(
+                f"Forward costs one Hessian-vector product per number, and {', '.join(tensors)} have {numbers:,}: "
+                "use Unrolled() or Implicit(), whose cost does not depend on it."
+            )
         check_optimizer(optimizer)
         verify(optimizer, hyperparameters, carried=self.decay > 0.0)
-        return _ForwardTracker(self, optimizer, hyperparameters)
+        return _ForwardTracker(self, optimizer, hyperparameters, tensors)
+
+
+# What a direction is along: a hyperparameter of a param group, or an element of a tensor in the loss.
+_Key = tuple[int, OptimizerHyperparameter] | tuple[int, str]
 
 
 class _ForwardTracker(Tracker):
@@ -72,85 +93,122 @@ class _ForwardTracker(Tracker):
         estimator: Forward,
         optimizer: torch.optim.Optimizer,
         hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors,
     ) -> None:
         self._estimator = estimator
         self._optimizer = optimizer
         self._hyperparameters = hyperparameters
-        self._tangents: dict[tuple[int, OptimizerHyperparameter], StepTangents] = {}
+        self._tensors = tensors
+        self._unused = set(tensors)
+        self._tangents: dict[_Key, StateVector] = {}
+        self._moved: list[torch.Tensor] = []  # by any tracked step
 
     @property
     def params(self) -> list[torch.Tensor]:
-        return list(dict.fromkeys(p for tangents in self._tangents.values() for p in tangents.params))
+        return [*self._moved, *self._tensors.values()] if self._moved else []
+
+    @property
+    def needs_loss(self) -> bool:
+        return bool(self._tensors) or (self._estimator.decay > 0.0 and self._estimator.curvature is not None)
 
     def before_step(self, loss: Evaluation | None = None) -> None:
         optimizer = self._optimizer
         stepped = [stepped_params(group) for group in optimizer.param_groups]
+        moving = dict.fromkeys(p for params in stepped for p in params)
         self._fade()
-        for h in self._hyperparameters:
-            for i in range(len(stepped)):
-                self._tangents.setdefault((i, h), StepTangents())
-        moved = {p: None for params in stepped for p in params}
-        curved = self._curved(loss, list(moved))
-        for (i, h), before in self._tangents.items():
-            direction = Direction({(i, h): 1.0}, params=before.params, grads=curved.get((i, h), {}), state=before.state)
-            after = differentiate_step(optimizer, direction)
+        self._moved = list(dict.fromkeys([*self._moved, *moving]))
+        for key in self._keys(len(stepped)):
+            self._tangents.setdefault(key, StateVector())
+        grads = self._gradient_tangents(loss, list(moving))
+        for key, before in self._tangents.items():
+            index, what = key
+            own = {(index, what): 1.0} if isinstance(what, OptimizerHyperparameter) else {}
+            after = differentiate_step(optimizer, Direction(own, before.params, grads.get(key, {}), before.state))
             # A parameter without a gradient stays where it is, and so does its tangent.
-            kept = StepTangents(
-                {p: t for p, t in before.params.items() if p not in moved},
-                {p: t for p, t in before.state.items() if p not in moved},
+            self._tangents[key] = StateVector(
+                {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
+                {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
             )
-            self._tangents[i, h] = StepTangents({**kept.params, **after.params}, {**kept.state, **after.state})
 
     @torch.no_grad()
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._tangents:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
-        groups = range(len(self._optimizer.param_groups))
+        for name in self._tensors:
+            check_used(name, name not in self._unused)
+        groups = len(self._optimizer.param_groups)
+        dtype = wide(list(gradients.values()))
         device = next(iter(gradients)).device if gradients else torch.device("cpu")
-        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
-        zero = torch.zeros((), device=device, dtype=wide)
+        zero = torch.zeros((), device=device, dtype=dtype)
+        pairs: dict[_Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        for key, tangents in self._tangents.items():
+            dots = [(gradients[p].to(dtype) * t.to(dtype)).sum() for p, t in tangents.params.items()]
+            squares = [t.to(dtype).square().sum() for t in tangents.params.values()]
+            pairs[key] = sum(dots, zero), sum(squares, zero).sqrt()
         hypergradients: dict[str, torch.Tensor] = {}
         tangent_norms: dict[str, torch.Tensor] = {}
         for h in self._hyperparameters:
-            tangents = [self._tangents[i, h].params for i in groups]
-            dots = [[(gradients[p].to(wide) * t.to(wide)).sum() for p, t in ts.items()] for ts in tangents]
-            squares = [[t.to(wide).square().sum() for t in ts.values()] for ts in tangents]
-            hypergradients[h.name] = torch.stack([sum(values, zero) for values in dots])
-            tangent_norms[h.name] = torch.stack([sum(values, zero).sqrt() for values in squares])
+            rows = [pairs[i, h] for i in range(groups)]
+            hypergradients[h.name], tangent_norms[h.name] = (torch.stack(column) for column in zip(*rows, strict=True))
+        for name, tensor in self._tensors.items():
+            rows = [pairs[i, name] for i in range(tensor.numel())]
+            through, norms = (torch.stack(column).view(tensor.shape) for column in zip(*rows, strict=True))
+            hypergradients[name] = through + gradients[tensor].to(through)
+            tangent_norms[name] = norms
         # A group's hyperparameter acts, through the loss, on the parameters of all.
-        norm = sum((g.to(wide).square().sum() for g in gradients.values()), zero).sqrt()
-        return Contraction(hypergradients, tangent_norms, norm.expand(len(groups)))
+        whole = norm([gradients[p] for p in self._moved], dtype)
+        return Contraction(hypergradients, tangent_norms, whole.expand(groups))
+
+    def _keys(self, groups: int) -> list[_Key]:
+        ours: list[_Key] = [(i, h) for h in self._hyperparameters for i in range(groups)]
+        return ours + [(i, name) for name, tensor in self._tensors.items() for i in range(tensor.numel())]
 
     def _fade(self) -> None:
         decay = self._estimator.decay
         if decay == 0.0:
-            self._tangents = {}
+            self._tangents, self._moved = {}, []
         elif decay < 1.0:
             self._tangents = {
-                key: StepTangents(
+                key: StateVector(
                     {p: decay * t for p, t in tangents.params.items()},
                     {p: {name: decay * t for name, t in entry.items()} for p, entry in tangents.state.items()},
                 )
                 for key, tangents in self._tangents.items()
             }
 
-    def _curved(
-        self, loss: Evaluation | None, params: list[torch.Tensor]
-    ) -> dict[tuple[int, OptimizerHyperparameter], dict[torch.Tensor, torch.Tensor]]:
-        """The tangent of every gradient, by direction: H Z."""
+    def _gradient_tangents(
+        self, loss: Evaluation | None, moving: list[torch.Tensor]
+    ) -> dict[_Key, dict[torch.Tensor, torch.Tensor]]:
+        """The tangent of every gradient, by direction: H Z, and what a hyperparameter in the loss does by itself."""
         curvature = self._estimator.curvature
-        keys = [key for key, tangents in self._tangents.items() if tangents.params]
+        keys = [key for key, tangents in self._tangents.items() if tangents.params or isinstance(key[1], str)]
         if curvature is None or not keys:
             return {}
         if loss is None:
             raise HypergradError("Forward needs the training loss of each step: call before_step(loss).")
         # Also parameters that this step does not move count: the gradients of others depend on them.
-        involved = list(dict.fromkeys([*params, *(p for key in keys for p in self._tangents[key].params)]))
+        involved = list(dict.fromkeys([*moving, *(p for key in keys for p in self._tangents[key].params)]))
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in involved]
-        directions = [[self._tangents[key].params.get(p, torch.zeros_like(p)) for p in involved] for key in keys]
-        products = curvature.products(loss, involved, grads, directions)
-        moved = set(params)
-        return {
-            key: {p: t for p, t in zip(involved, product, strict=True) if p in moved}
-            for key, product in zip(keys, products, strict=True)
-        }
+        result: dict[_Key, dict[torch.Tensor, torch.Tensor]] = {}
+        with curvature.at(
+            loss, [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
+        ) as product:
+            for key in keys:
+                tangents = self._tangents[key].params
+                ones = [_one_hot(t, key[0]) if name == key[1] else None for name, t in self._tensors.items()]
+                rows = product([*(tangents.get(p) for p in involved), *ones])
+                pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
+                result[key] = {p: t for p, t in pairs if t is not None}
+                if isinstance(key[1], str) and key[1] in self._unused and _acts(rows[: len(involved)]):
+                    self._unused.discard(key[1])
+        return result
+
+
+def _acts(rows: Sequence[torch.Tensor | None]) -> bool:
+    return any(row is not None and bool(row.any()) for row in rows)
+
+
+def _one_hot(tensor: torch.Tensor, index: int) -> torch.Tensor:
+    hot = torch.zeros_like(tensor)
+    hot.view(-1)[index] = 1.0
+    return hot

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from hypergrad.curvature import Evaluation
+from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import HypergradError
-from hypergrad.estimators.base import Contraction, Estimator, Tracker
+from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker
+from hypergrad.estimators.unrolled import Unrolled, UnrolledTracker
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.optimizer.packets import stepped_params
 from hypergrad.optimizer.rules import decay_is_decoupled, is_known, lr_from_difference
-from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step, step_per_lr, stepped_params
+from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step, step_per_lr
 from hypergrad.optimizer.verify import verify
 
 
@@ -30,21 +32,36 @@ class Online(Estimator):
     The hypergradient of the learning rate is that of Almeida et al. 1998 and Baydin et al. 2018 (eq. 4), with the
     validation gradient in place of the next training gradient.
 
+    A hyperparameter in the loss acts through the gradient of this step, whose derivative is taken backwards, for any
+    number of them at the cost of one more gradient and one Hessian-vector product (Luketina et al. 2016, "Scalable
+    gradient-based tuning of continuous regularization hyperparameters").
+
     Args:
         closed_forms: read derivatives off the step where the rule is known to allow it; False always takes the
             general derivative (same numbers, slower).
+        curvature: how second derivatives of the training loss are computed, for hyperparameters in the loss only.
     """
 
     closed_forms: bool = True
+    curvature: Curvature = field(default_factory=Exact)
 
-    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
+    def track(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors | None = None,
+    ) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly.
 
         Closed forms are not checked: they hold for exact classes of torch.optim, and the tests prove them.
         """
         check_optimizer(optimizer)
         verify(optimizer, [h for h in hyperparameters if not (self.closed_forms and is_known(optimizer, h.name))])
-        return _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
+        own = _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
+        if not tensors:
+            return own
+        last_step = Unrolled(steps=1, curvature=self.curvature)
+        return _WithTensors(own, UnrolledTracker(last_step, optimizer, (), tensors))
 
 
 @dataclass
@@ -155,6 +172,32 @@ class _OnlineTracker(Tracker):
             params = self._groups[index].params
             flat = _flat([moved[p] if p in moved else torch.zeros_like(p) for p in params])
             self._groups[index].tangents[hyperparameter.name] = _Tangent(flat)
+
+
+class _WithTensors(Tracker):
+    """Hyperparameters of the optimizer forwards, those in the loss backwards."""
+
+    def __init__(self, own: Tracker, tensors: Tracker) -> None:
+        self._own, self._tensors = own, tensors
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        return list(dict.fromkeys([*self._own.params, *self._tensors.params]))
+
+    @property
+    def needs_loss(self) -> bool:
+        return True
+
+    def before_step(self, loss: Evaluation | None = None) -> None:
+        self._own.before_step(loss)
+        self._tensors.before_step(loss)
+
+    def after_step(self) -> None:
+        self._own.after_step()
+
+    def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
+        own, tensors = self._own.contract(gradients), self._tensors.contract(gradients)
+        return replace(own, hypergradients={**own.hypergradients, **tensors.hypergradients})
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

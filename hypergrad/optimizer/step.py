@@ -1,32 +1,36 @@
 """One optimizer step as a differentiable function: s' = Phi(s, g; lam).
 
-Here s are the parameters and the optimizer's state, g the gradients and lam the hyperparameters. The derivative
-is taken by forward AD through the optimizer's own, unmodified `step()`: what the class computes is what is
-differentiated, whatever its flags.
+Here s are the parameters and the optimizer's state, g the gradients and lam the hyperparameters. The derivative is
+taken through the optimizer's own, unmodified `step()`, along a direction (forward AD) or back from one (reverse AD):
+what the class computes is what is differentiated, whatever its flags.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from hypergrad.errors import UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
-from hypergrad.optimizer.dual import TangentMode, dual, dual_level, tangent
-from hypergrad.optimizer.rules import ELEMENTWISE, is_linear_in_lr
+from hypergrad.optimizer.differentiable import DifferentiableMode, dual, dual_level, tangent
+from hypergrad.optimizer.packets import (
+    ByParam,
+    Packet,
+    StateByParam,
+    collect,
+    exact_counters,
+)
+from hypergrad.optimizer.rules import is_linear_in_lr
 from hypergrad.optimizer.shadow import shadow, single_tensor_group
 from hypergrad.torch_internals import raw_step
 
-State = dict[str, Any]
-Tangents = Mapping[torch.Tensor, torch.Tensor]
+# A hyperparameter of one param group, by the group's index.
+Coordinate = tuple[int, OptimizerHyperparameter]
 
-# State that torch keeps as one number per tensor; the names decide only for parameters that are scalars themselves.
-_COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 # Closures that re-evaluate the loss, and sparse gradients: neither is one map from (s, g) to s'.
 _REFUSED = {
     torch.optim.LBFGS: "its step evaluates the loss several times; use SGD, Adam or another first-order optimizer",
@@ -35,10 +39,12 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class StepTangents:
-    """d(s') along one direction: tangents of the updated parameters and of the updated optimizer state.
+class StateVector:
+    """One real number for every number in s: a tangent of it, or a cotangent. What is absent is zero.
 
-    A tensor on which the direction has no influence is absent.
+    Args:
+        params: by parameter, in its shape.
+        state: the same for entries of `optimizer.state[parameter]`.
     """
 
     params: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
@@ -50,15 +56,30 @@ class Direction:
     """The direction in which a step is differentiated; what is absent is held constant.
 
     Args:
-        hyperparameters: tangent of each hyperparameter, as `(index of the param group, hyperparameter) -> float`.
+        hyperparameters: tangent of each hyperparameter.
         params, grads: tangent of a parameter, or of its gradient, with that parameter as key and its shape.
         state: the same for entries of `optimizer.state[parameter]`.
     """
 
-    hyperparameters: Mapping[tuple[int, OptimizerHyperparameter], float] = field(default_factory=dict)
-    params: Tangents = field(default_factory=dict)
-    grads: Tangents = field(default_factory=dict)
-    state: Mapping[torch.Tensor, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    hyperparameters: Mapping[Coordinate, float] = field(default_factory=dict)
+    params: ByParam = field(default_factory=dict)
+    grads: ByParam = field(default_factory=dict)
+    state: StateByParam = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What a cotangent of s' is worth in terms of what the step was made from.
+
+    Args:
+        before: cotangent of s, the parameters and state before the step.
+        grads: cotangent of each gradient, by parameter.
+        hyperparameters: cotangent of each hyperparameter: a number, shape `()`.
+    """
+
+    before: StateVector
+    grads: dict[torch.Tensor, torch.Tensor]
+    hyperparameters: dict[Coordinate, torch.Tensor]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -78,29 +99,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def stepped_params(group: ParamGroup) -> list[torch.Tensor]:
-    """The parameters of a group that the next step will move: those with a gradient.
-
-    Raises:
-        UnsupportedOptimizerError: for sparse gradients and complex parameters.
-    """
-    params = [p for p in group["params"] if p.grad is not None]
-    for p in params:
-        if p.grad.is_sparse:
-            raise UnsupportedOptimizerError(
-                f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which cannot be differentiated: "
-                "use Embedding(sparse=False)."
-            )
-        if p.is_complex():
-            raise UnsupportedOptimizerError(
-                f"A parameter of shape {tuple(p.shape)} is complex: store its real and imaginary part instead."
-            )
-    return params
-
-
 def differentiate_step(
     optimizer: torch.optim.Optimizer, direction: Direction, *, pack: bool | None = None
-) -> StepTangents:
+) -> StateVector:
     """Tangents of the step that `optimizer.step()` would take now, with the gradients that are in `.grad`.
 
     Nothing is changed: the step is taken by a shadow of the optimizer on copies.
@@ -117,31 +118,115 @@ def differentiate_step(
         UnsupportedOptimizerError: where the optimizer's step leaves torch's differentiable operations.
     """
     check_optimizer(optimizer)
-    pack = type(optimizer) in ELEMENTWISE if pack is None else pack
-    packets = [
-        _Packet.collect(optimizer, index, params, counters, direction)
-        for index, group in enumerate(optimizer.param_groups)
-        for params, counters in _packets(optimizer, stepped_params(group), pack)
-    ]
-    with dual_level(), torch.no_grad(), TangentMode():
+    packets = collect(optimizer, pack=pack)
+    lr_alone = not (direction.params or direction.grads or direction.state)
+    with dual_level(), torch.no_grad(), DifferentiableMode():
         for packet in packets:
-            packet.make_dual()
-        groups = [
-            _dual_group(optimizer, index, [p.param for p in packets if p.group == index], direction)
-            for index in range(len(optimizer.param_groups))
-        ]
+            _make_dual(packet, direction)
+        groups = _groups(optimizer.param_groups, packets)
+        for (index, h), rate in direction.hyperparameters.items():
+            value = h.read(groups[index]) or _instead_of_zero(optimizer, h, lr_alone)
+            h.write(groups[index], dual(_number(value), _number(rate)))
         twin = shadow(optimizer, groups, {packet.param: packet.state for packet in packets})
-        try:
-            with _exact_counters(packets):
-                raw_step(twin)
-        except (UnsupportedOptimizerError, NotImplementedError) as error:
-            raise UnsupportedOptimizerError(
-                f"The step of {type(optimizer).__name__} cannot be differentiated: {error}."
-            ) from error
-        result = StepTangents()
+        _take(twin, packets)
+        result = StateVector()
         for packet in packets:
-            packet.collect_tangents(dict(twin.state[packet.param]), result)
+            _collect_tangents(packet, twin, result)
     return result
+
+
+class RecordedStep:
+    """The step that an optimizer is about to take, kept with all that it reads, to be differentiated backwards later.
+
+    Holds one copy of the parameters, of their gradients and of the optimizer's state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, pack: bool | None = None) -> None:
+        check_optimizer(optimizer)
+        self._optimizer = optimizer
+        self._packets = collect(optimizer, pack=pack)
+        self._settings = _groups(optimizer.param_groups, [])
+        moved = {p for packet in self._packets for p in packet.params}
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        self._still = {p: p.detach().clone() for p in everything if p not in moved}
+
+    @property
+    def moved(self) -> list[torch.Tensor]:
+        """The parameters that the step moves."""
+        return [p for packet in self._packets for p in packet.params]
+
+    @property
+    def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
+        """The gradients that the step was taken with."""
+        return {
+            p: part
+            for packet in self._packets
+            for p, part in zip(packet.params, packet.split(packet.grad), strict=True)
+        }
+
+    @contextmanager
+    def parameters_before(self) -> Iterator[None]:
+        """All parameters of the optimizer have the values before the step, inside the block."""
+        then = dict(self._still)
+        for packet in self._packets:
+            then.update(zip(packet.params, packet.split(packet.param), strict=True))
+        now = {p: p.detach().clone() for p in then}
+        try:
+            _write(then)
+            yield
+        finally:
+            _write(now)
+
+    def pull_back(self, after: StateVector, coordinates: Iterable[Coordinate]) -> Cotangents:
+        """The vector-Jacobian product of the step, by reverse AD through the optimizer's own `step()`.
+
+        Args:
+            after: cotangent of the parameters and state after the step.
+            coordinates: the hyperparameters whose cotangents are asked for.
+
+        Raises:
+            UnsupportedOptimizerError: where the optimizer's step leaves torch's differentiable operations.
+        """
+        packets = [_leaf(packet) for packet in self._packets]
+        leaves = [(p.param, p.grad, dict(p.state)) for p in packets]
+        numbers: dict[Coordinate, torch.Tensor] = {}
+        for index, h in coordinates:
+            value = h.read(self._settings[index]) or _instead_of_zero(self._optimizer, h, False)
+            numbers[index, h] = _number(value).requires_grad_()
+        inputs = [t for param, grad, state in leaves for t in (param, grad, *_tensors(state).values())]
+        inputs += numbers.values()
+        with torch.enable_grad(), allow_mutation_on_saved_tensors():
+            with DifferentiableMode() as mode:
+                for packet in packets:  # a step writes in place, which leaves do not allow
+                    packet.param, grad = packet.param.clone(), packet.grad.clone()
+                    packet.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in packet.state.items()}
+                    packet.param.grad = grad
+                groups = _groups(self._settings, packets)
+                for (index, h), number in numbers.items():
+                    h.write(groups[index], number.clone())
+                twin = shadow(self._optimizer, groups, {packet.param: packet.state for packet in packets})
+                _take(twin, packets)
+            outputs, weights = _weighted(packets, twin, after, mode)
+            found: Iterator[torch.Tensor | None] = iter([None] * len(inputs))
+            if outputs:
+                found = iter(torch.autograd.grad(outputs, inputs, weights, allow_unused=True))
+        result = Cotangents(StateVector(), {}, {})
+        for packet, (_, _, state) in zip(packets, leaves, strict=True):
+            for target in (result.before.params, result.grads):
+                change = next(found)
+                if change is not None:
+                    target.update(zip(packet.params, packet.split(change), strict=True))
+            for key in _tensors(state):
+                change = next(found)
+                if change is None:
+                    continue
+                # One number for all: they sum up when they are read again, so the first parameter has it.
+                parts = [change] if packet.is_counter(key, change) else packet.split(change)
+                for p, part in zip(packet.params, parts, strict=False):
+                    result.before.state.setdefault(p, {})[key] = part
+        for coordinate, change in zip(numbers, found, strict=True):
+            result.hyperparameters[coordinate] = torch.zeros(()) if change is None else change
+        return result
 
 
 def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict[torch.Tensor, torch.Tensor]:
@@ -151,11 +236,7 @@ def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict
     cancel, however small the gradient and the learning rate, and no forward AD is needed.
     """
     secant = 2.0**20
-    packets = [
-        _Packet.collect(optimizer, index, params, counters, Direction())
-        for index in groups
-        for params, counters in _packets(optimizer, stepped_params(optimizer.param_groups[index]), pack=True)
-    ]
+    packets = collect(optimizer, groups, pack=True)
     plain = {"lr": secant, "differentiable": False}
     copies = [
         single_tensor_group(optimizer.param_groups[index], [p.param for p in packets if p.group == index]) | plain
@@ -169,191 +250,111 @@ def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict
     result: dict[torch.Tensor, torch.Tensor] = {}
     for packet, old in zip(packets, before, strict=True):
         change = packet.param.sub_(old).div_(secant)
-        result.update(zip(packet.params, _split(change, packet.params), strict=True))
+        result.update(zip(packet.params, packet.split(change), strict=True))
     return result
 
 
-@dataclass
-class _Packet:
-    """Parameters that are stepped as one tensor: a single one in its shape, or several flat, end to end."""
+def _groups(param_groups: Sequence[ParamGroup], packets: Sequence[Packet]) -> list[ParamGroup]:
+    return [
+        single_tensor_group(group, [packet.param for packet in packets if packet.group == index])
+        for index, group in enumerate(param_groups)
+    ]
 
-    group: int
-    params: list[torch.Tensor]
-    param: torch.Tensor
-    grad: torch.Tensor
-    state: State
-    param_tangent: torch.Tensor | None
-    grad_tangent: torch.Tensor | None
-    state_tangent: dict[str, torch.Tensor]
 
-    @classmethod
-    def collect(
-        cls,
-        optimizer: torch.optim.Optimizer,
-        group: int,
-        params: list[torch.Tensor],
-        counters: Mapping[str, float],
-        direction: Direction,
-    ) -> _Packet:
-        states = [optimizer.state.get(p, {}) for p in params]
-        state: State = {}
-        for key, value in states[0].items():
-            if not isinstance(value, torch.Tensor):
-                state[key] = copy.deepcopy(value)
-            elif key in counters:
-                # Counters are float32 in torch, where 1 - beta**step loses half its digits; the real step computes
-                # that in Python's float64.
-                state[key] = torch.tensor(counters[key], dtype=torch.float64)
-            else:
-                state[key] = _join([entry[key] for entry in states])
-        tangents = [direction.state.get(p, {}) for p in params]
-        state_tangent: dict[str, torch.Tensor] = {}
-        for key in {key for entry in tangents for key in entry}:
-            parts = [t.get(key, torch.zeros_like(s[key])) for t, s in zip(tangents, states, strict=True)]
-            counter = _is_counter(key, states[0][key], params[0])
-            state_tangent[key] = parts[0] if counter else _join(parts)
-        return cls(
-            group=group,
-            params=params,
-            param=_join([p.detach() for p in params]),
-            grad=_join([_grad(p) for p in params]),
-            state=state,
-            param_tangent=_join_tangents(params, direction.params),
-            grad_tangent=_join_tangents(params, direction.grads),
-            state_tangent=state_tangent,
-        )
+def _take(twin: torch.optim.Optimizer, packets: Sequence[Packet]) -> None:
+    try:
+        with exact_counters(packets):
+            raw_step(twin)
+    except (UnsupportedOptimizerError, NotImplementedError) as error:
+        raise UnsupportedOptimizerError(
+            f"The step of {type(twin).__name__} cannot be differentiated: {error}."
+        ) from error
 
-    def make_dual(self) -> None:
-        if self.param_tangent is not None:
-            self.param = dual(self.param, self.param_tangent)
-        if self.grad_tangent is not None:
-            self.grad = dual(self.grad, self.grad_tangent)
-        for key, value in self.state_tangent.items():
-            self.state[key] = dual(self.state[key], value.to(self.state[key]))
-        self.param.grad = self.grad
 
-    def collect_tangents(self, state: State, result: StepTangents) -> None:
-        change = tangent(self.param)
-        if change is not None:
-            result.params.update(zip(self.params, _split(change, self.params), strict=True))
+def _make_dual(packet: Packet, direction: Direction) -> None:
+    param, grad = packet.join(direction.params), packet.join(direction.grads)
+    if param is not None:
+        packet.param = dual(packet.param, param)
+    if grad is not None:
+        packet.grad = dual(packet.grad, grad)
+    for key, value in packet.join_state(direction.state).items():
+        # Counters of one packet are equal, and so are their tangents.
+        own = value[0] if packet.is_counter(key, packet.state[key]) else value
+        packet.state[key] = dual(packet.state[key], own.to(packet.state[key]))
+    packet.param.grad = packet.grad
+
+
+def _collect_tangents(packet: Packet, twin: torch.optim.Optimizer, result: StateVector) -> None:
+    change = tangent(packet.param)
+    if change is not None:
+        result.params.update(zip(packet.params, packet.split(change), strict=True))
+    for key, value in twin.state[packet.param].items():
+        change = tangent(value) if isinstance(value, torch.Tensor) else None
+        if change is None:
+            continue
+        counter = packet.is_counter(key, value)
+        parts = [change] * len(packet.params) if counter else packet.split(change)
+        for p, part in zip(packet.params, parts, strict=True):
+            result.state.setdefault(p, {})[key] = part
+
+
+def _leaf(packet: Packet) -> Packet:
+    return Packet(
+        packet.group,
+        packet.params,
+        packet.param.detach().requires_grad_(),
+        packet.grad.detach().requires_grad_(),
+        {
+            key: value.detach().requires_grad_()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step"  # counts, and no more
+            else value
+            for key, value in packet.state.items()
+        },
+        packet.counters,
+    )
+
+
+def _tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+
+
+def _weighted(
+    packets: Sequence[Packet], twin: torch.optim.Optimizer, after: StateVector, mode: DifferentiableMode
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Every number after the step that something depends on and that counts, with its cotangent."""
+    outputs: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    for packet in packets:
+        state = _tensors({key: mode.inside(value) for key, value in twin.state[packet.param].items()})
+        cotangents = packet.join_state(after.state)
+        pairs = [(mode.inside(packet.param), packet.join(after.params))]
         for key, value in state.items():
-            change = tangent(value) if isinstance(value, torch.Tensor) else None
-            if change is None:
-                continue
-            counter = _is_counter(key, value, self.params[0])
-            parts = [change] * len(self.params) if counter else _split(change, self.params)
-            for p, part in zip(self.params, parts, strict=True):
-                result.state.setdefault(p, {})[key] = part
+            cotangent = cotangents.get(key)
+            if cotangent is not None and packet.is_counter(key, value):
+                cotangent = cotangent.sum()
+            pairs.append((value, cotangent))
+        for value, cotangent in pairs:
+            if cotangent is not None and value.requires_grad:
+                outputs.append(value)
+                weights.append(cotangent.to(value))
+    return outputs, weights
 
 
-def _dual_group(
-    optimizer: torch.optim.Optimizer, index: int, params: list[torch.Tensor], direction: Direction
-) -> ParamGroup:
-    group = single_tensor_group(optimizer.param_groups[index], params)
-    for (at, hyperparameter), rate in direction.hyperparameters.items():
-        if at == index:
-            value = hyperparameter.read(group) or _instead_of_zero(optimizer, hyperparameter, direction)
-            entry = dual(torch.tensor(value, dtype=torch.float64), torch.tensor(rate, dtype=torch.float64))
-            hyperparameter.write(group, entry)
-    return group
+def _write(values: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for p, value in values.items():
+            p.copy_(value)
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _instead_of_zero(
-    optimizer: torch.optim.Optimizer, hyperparameter: OptimizerHyperparameter, direction: Direction
+    optimizer: torch.optim.Optimizer, hyperparameter: OptimizerHyperparameter, lr_alone: bool
 ) -> float:
-    only_lr = hyperparameter.name == "lr" and not (direction.params or direction.grads or direction.state)
-    if only_lr and is_linear_in_lr(optimizer):
+    if hyperparameter.name == "lr" and lr_alone and is_linear_in_lr(optimizer):
         return 1.0  # the same derivative everywhere, and Adam's differentiable path divides by lr
     # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: a tiny
     # positive number takes the branch and changes nothing else. Adam divides by lr, also in float32.
     return 1e-20 if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)
-
-
-@contextmanager
-def _exact_counters(packets: Sequence[_Packet]) -> Iterator[None]:
-    """Step counts that the first step of a run creates are float64 as well, see `_Packet.collect`.
-
-    torch gives them the default dtype, and nothing but that chooses it.
-    """
-    if all(packet.state for packet in packets):
-        yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _packets(
-    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool
-) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
-    """Which parameters can be stepped as one, each with the numbers that its state counts with.
-
-    Packed are those of one dtype and device with the same kind of state and the same numbers in it.
-    """
-    counters = _counters(optimizer, params)
-    if not pack:
-        return [([p], counters[p]) for p in params]
-    packets: dict[Any, list[torch.Tensor]] = {}
-    for p in params:
-        state = optimizer.state.get(p, {})
-        shapes = tuple((k, v.dtype, v.shape == p.shape) for k, v in state.items() if isinstance(v, torch.Tensor))
-        others = tuple((k, v) for k, v in state.items() if not isinstance(v, torch.Tensor))
-        kind = (p.dtype, p.device, p.dim() == 0, shapes, others, tuple(counters[p].items()))
-        packets.setdefault(kind, []).append(p)
-    return [(packet, counters[packet[0]]) for packet in packets.values()]
-
-
-def _counters(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
-    """Every number in a parameter's state that torch keeps in a tensor, such as its step count.
-
-    Those on an accelerator (fused and capturable rules) are read back together: one synchronisation.
-    """
-    counters: dict[torch.Tensor, dict[str, float]] = {p: {} for p in params}
-    remote: list[tuple[torch.Tensor, str, torch.Tensor]] = []
-    for p in params:
-        for key, value in optimizer.state.get(p, {}).items():
-            if not isinstance(value, torch.Tensor) or not _is_counter(key, value, p):
-                continue
-            if value.device.type == "cpu":
-                counters[p][key] = value.item()
-            else:
-                remote.append((p, key, value))
-    if remote:
-        values = torch.stack([value.to(torch.float64) for _, _, value in remote]).tolist()
-        for (p, key, _), number in zip(remote, values, strict=True):
-            counters[p][key] = number
-    return counters
-
-
-def _is_counter(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
-    """One number per tensor, such as a step count, rather than one per element."""
-    return value.dim() == 0 and value.is_floating_point() and (param.dim() > 0 or key in _COUNTERS)
-
-
-def _grad(param: torch.Tensor) -> torch.Tensor:
-    if param.grad is None:
-        raise UnsupportedOptimizerError("A parameter lost its gradient while its step was differentiated.")
-    return param.grad.detach()
-
-
-def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A fresh copy: the tensor itself if it is the only one, all of them flat and end to end otherwise."""
-    if len(tensors) == 1:
-        return tensors[0].detach().clone()
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def _join_tangents(params: list[torch.Tensor], tangents: Tangents) -> torch.Tensor | None:
-    if not any(p in tangents for p in params):
-        return None
-    return _join([tangents.get(p, torch.zeros_like(p)) for p in params])
-
-
-def _split(flat: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
-    if len(params) == 1:
-        return [flat]
-    parts = torch.split(flat, [p.numel() for p in params])
-    return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]

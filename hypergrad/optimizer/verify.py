@@ -17,7 +17,7 @@ import torch
 from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
 from hypergrad.optimizer.shadow import shadow, single_tensor_group
-from hypergrad.optimizer.step import Direction, StepTangents, differentiate_step
+from hypergrad.optimizer.step import Direction, RecordedStep, StateVector, differentiate_step
 from hypergrad.rng import preserved_rng
 from hypergrad.torch_internals import raw_step
 
@@ -26,18 +26,23 @@ _TOLERANCE = 1e-3  # a lost term shows as an error of order one
 
 
 def verify(
-    optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter], *, carried: bool = False
+    optimizer: torch.optim.Optimizer,
+    hyperparameters: Sequence[OptimizerHyperparameter],
+    *,
+    carried: bool = False,
+    backwards: bool = False,
 ) -> None:
     """Check each hyperparameter of each kind of param group; changes nothing.
 
     Args:
         carried: also check tangents that are carried over several steps, through parameters, gradients and state.
+        backwards: also check that a step taken backwards is the transpose of the step forwards.
 
     Raises:
         HyperparameterError: if the step does not depend on the hyperparameter.
         UnsupportedOptimizerError: if the step cannot be differentiated, or its derivative is wrong.
     """
-    if not hyperparameters:
+    if not hyperparameters and not backwards:
         return
     kinds: dict[str, ParamGroup] = {}
     for group in optimizer.param_groups:
@@ -52,6 +57,8 @@ def verify(
                 problem.check(hyperparameter)
                 if carried:
                     problem.check_carried(hyperparameter)
+            if backwards:
+                problem.check_transpose(hyperparameters)
 
 
 @contextmanager
@@ -180,7 +187,7 @@ class _Problem:
         """A run of a few steps on half a square: each gradient is a noise plus the parameter itself."""
         value = hyperparameter.read(self._twin.param_groups[0])
         step = _difference_step(value)
-        twin, tangents = self._warmed_up(), StepTangents()
+        twin, tangents = self._warmed_up(), StateVector()
         for _ in self._run(twin):
             try:
                 tangents = differentiate_step(
@@ -208,6 +215,43 @@ class _Problem:
                 f"Over several steps, {self._name} is not differentiated correctly with respect to "
                 f"{hyperparameter.name!r}: the derivative is off by {float(off):.2g} where its size is "
                 f"{float(expected.norm()):.2g}. Use Online(), which differentiates one step, or another optimizer."
+            )
+
+    def check_transpose(self, hyperparameters: Sequence[OptimizerHyperparameter]) -> None:
+        """c . (J d) = (J' c) . d for the Jacobian J of the step and random c, d."""
+        twin, generator = self._twin, torch.Generator().manual_seed(2)
+
+        def random(like: torch.Tensor) -> torch.Tensor:
+            return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+        def vector() -> StateVector:
+            entries = {p: {k: v for k, v in twin.state[p].items() if isinstance(v, torch.Tensor)} for p in self._params}
+            return StateVector(
+                {p: random(p) for p in self._params},
+                {
+                    p: {k: random(v) for k, v in s.items() if k != "step" and v.is_floating_point()}
+                    for p, s in entries.items()
+                },
+            )
+
+        before, cotangent = vector(), vector()
+        grads = {p: random(p) for p in self._params}
+        rates = {(0, h): float(torch.randn((), generator=generator)) for h in hyperparameters}
+        try:
+            after = differentiate_step(twin, Direction(rates, before.params, grads, before.state))
+            back = RecordedStep(twin).pull_back(cotangent, rates)
+        except Exception as error:  # whatever a foreign step() raises when it meets tensors that it did not expect
+            raise UnsupportedOptimizerError(
+                f"A step of {self._name} cannot be differentiated backwards: {type(error).__name__}: {error}. "
+                "Use Forward()."
+            ) from error
+        forwards = _dot(cotangent, after)
+        backwards = _dot(back.before, before) + _dot(StateVector(back.grads), StateVector(grads))
+        backwards += sum(rate * float(back.hyperparameters[c]) for c, rate in rates.items())
+        if not abs(forwards - backwards) <= _TOLERANCE * max(abs(forwards), abs(backwards)):
+            raise UnsupportedOptimizerError(
+                f"A step of {self._name} is not differentiated correctly backwards ({backwards:.4g} where it is "
+                f"{forwards:.4g} forwards). Use Forward()."
             )
 
     def _run(self, twin: torch.optim.Optimizer) -> Iterator[None]:
@@ -254,6 +298,12 @@ class _Problem:
                 f"The step of {self._name}{setting} could not be tried on a problem of 15 numbers, as is done before "
                 f"anything is learned: {type(error).__name__}: {error}."
             ) from error
+
+
+def _dot(a: StateVector, b: StateVector) -> float:
+    total = sum(float((t * b.params[p]).sum()) for p, t in a.params.items() if p in b.params)
+    pairs = [(t, b.state.get(p, {}).get(key)) for p, entry in a.state.items() for key, t in entry.items()]
+    return total + sum(float((t * other).sum()) for t, other in pairs if other is not None)
 
 
 def _close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from hypergrad import OptimizerHyperparameter, UnsupportedOptimizerError
 from hypergrad.optimizer.rules import ELEMENTWISE, is_linear_in_lr
-from hypergrad.optimizer.step import Direction, StepTangents, check_optimizer, differentiate_step, step_per_lr
+from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step, step_per_lr
 from tests.hypergrad.cells import CELLS, Cell, Problem
 
 _PACKABLE = [c for c in CELLS if c.optimizer in ELEMENTWISE]
@@ -75,7 +75,7 @@ def test_tangents_carried_over_a_run_equal_central_differences(cell: Cell, name:
     model = problem.model()
     optimizer = problem.optimizer(model)
     params = list(model.parameters())
-    Z = StepTangents()
+    Z = StateVector()
     for loss in problem.train_losses:
         grads = torch.autograd.grad(loss(model), params, create_graph=True)
         moved = [(g, Z.params[p]) for g, p in zip(grads, params, strict=True) if p in Z.params]

@@ -1,0 +1,154 @@
+"""Reverse-mode hypergradients: recorded steps, differentiated backwards."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hypergrad.curvature import Curvature, Evaluation, Exact
+from hypergrad.errors import ConfigurationError, HypergradError
+from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker, check_used, norm, wide
+from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.optimizer.step import RecordedStep, StateVector, check_optimizer
+from hypergrad.optimizer.verify import verify
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """Records steps and goes back through them: one adjoint for all hyperparameters, however many there are.
+
+        lam_bar += alpha dPhi/dlam,    alpha <- alpha dPhi/ds,    alpha_T = grad L_val(theta_T)
+
+    Exact over the recorded steps, like `Forward` over the same ones. Each costs one copy of the parameters, their
+    gradients and the optimizer's state, keeps its batch alive, and takes one evaluation of its loss and one
+    Hessian-vector product on the way back, whatever the number of hyperparameters: memory grows with `steps`.
+
+    Reverse-HG of Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", algorithm 1;
+    truncated after Shaban et al. 2019, "Truncated back-propagation for bilevel optimization". The trajectory is stored
+    and not, as in Maclaurin et al. 2015, reversed.
+
+    Args:
+        steps: how many of the latest steps are differentiated, at least 1; None takes all since tracking began.
+        curvature: how Hessian-vector products are computed.
+
+    Raises:
+        ConfigurationError: for a number of steps below 1, or no curvature.
+    """
+
+    steps: int | None = None
+    curvature: Curvature = field(default_factory=Exact)
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ConfigurationError(f"`steps` must be an integer of at least 1, or None, but got {steps!r}.")
+        if not isinstance(self.curvature, Curvature):
+            raise ConfigurationError(f"`curvature` must be Exact() or FiniteDifference(), but got {self.curvature!r}.")
+
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether every step of a run must be tracked, and not only the one before a validation loss."""
+        return self.steps != 1
+
+    def track(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors | None = None,
+    ) -> Tracker:
+        """Start to follow an optimizer; checks on a small problem that its steps are differentiated correctly."""
+        check_optimizer(optimizer)
+        verify(optimizer, hyperparameters, carried=self.steps != 1, backwards=True)
+        return UnrolledTracker(self, optimizer, hyperparameters, tensors or {})
+
+
+class UnrolledTracker(Tracker):
+    """Follows one optimizer for `Unrolled`, and for the hyperparameters in the loss of `Online`."""
+
+    def __init__(
+        self,
+        estimator: Unrolled,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Sequence[OptimizerHyperparameter],
+        tensors: Tensors,
+    ) -> None:
+        self._estimator = estimator
+        self._optimizer = optimizer
+        self._hyperparameters = hyperparameters
+        self._tensors = tensors
+        self._steps: deque[tuple[RecordedStep, Evaluation | None]] = deque(maxlen=estimator.steps)
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        moved = self._moved()
+        return [*moved, *self._tensors.values()] if moved else []
+
+    @property
+    def needs_loss(self) -> bool:
+        return bool(self._tensors) or self._estimator.steps != 1
+
+    def before_step(self, loss: Evaluation | None = None) -> None:
+        if loss is None and self.needs_loss:
+            raise HypergradError("Unrolled needs the training loss of each step: call before_step(loss).")
+        self._steps.append((RecordedStep(self._optimizer), loss))
+
+    def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
+        if not self._steps:
+            raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
+        params, groups = self._moved(), len(self._optimizer.param_groups)
+        dtype = wide(list(gradients.values()))
+        device = params[0].device if params else torch.device("cpu")
+        coordinates = [(i, h) for h in self._hyperparameters for i in range(groups)]
+        totals = {c: torch.zeros((), dtype=dtype, device=device) for c in coordinates}
+        direct = {name: gradients[t].to(dtype) for name, t in self._tensors.items()}
+        used: set[str] = set()
+        adjoint = StateVector({p: gradients[p].detach() for p in params})
+        for at, (step, loss) in reversed(list(enumerate(self._steps))):
+            back = step.pull_back(adjoint, coordinates)
+            for coordinate, number in back.hyperparameters.items():
+                totals[coordinate] += number.to(totals[coordinate])
+            moved = set(step.moved)
+            # A parameter without a gradient stayed where it was, and so did its state.
+            before = {p: t for p, t in adjoint.params.items() if p not in moved} | back.before.params
+            state = {p: t for p, t in adjoint.state.items() if p not in moved} | back.before.state
+            if loss is not None and (at > 0 or self._tensors):
+                rows = self._through_gradient(step, loss, params, back.grads)
+                for p in params:
+                    row = rows.pop(p, None)
+                    if row is not None:
+                        before[p] = before[p] + row if p in before else row
+                for name, tensor in self._tensors.items():
+                    row = rows.get(tensor)
+                    if row is not None:
+                        used.add(name)
+                        direct[name] = direct[name] + row.to(dtype)
+            adjoint = StateVector(before, state)
+        for name in self._tensors:
+            check_used(name, name in used)
+        whole = norm([gradients[p] for p in params], dtype).to(device)
+        found = {h.name: torch.stack([totals[i, h] for i in range(groups)]) for h in self._hyperparameters}
+        return Contraction({**found, **direct}, {}, whole.expand(groups))
+
+    def _through_gradient(
+        self,
+        step: RecordedStep,
+        loss: Evaluation,
+        params: list[torch.Tensor],
+        cotangents: Mapping[torch.Tensor, torch.Tensor],
+    ) -> dict[torch.Tensor, torch.Tensor | None]:
+        """How the gradient of a step, weighed by its cotangent, depends on parameters and on the loss's tensors."""
+        inputs = [*params, *self._tensors.values()]
+        known = step.gradients
+        grads = [known.get(p, torch.zeros_like(p)) for p in params]
+        with (
+            step.parameters_before(),
+            self._estimator.curvature.at(loss, inputs, [*grads, *[None] * len(self._tensors)]) as product,
+        ):
+            rows = product([*(cotangents.get(p) for p in params), *[None] * len(self._tensors)])
+        return dict(zip(inputs, rows, strict=True))
+
+    def _moved(self) -> list[torch.Tensor]:
+        return list(dict.fromkeys(p for step, _ in self._steps for p in step.moved))

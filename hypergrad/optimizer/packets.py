@@ -1,0 +1,209 @@
+"""Parameters that a step may treat as one tensor, with copies of everything that the step reads and writes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hypergrad.errors import UnsupportedOptimizerError
+from hypergrad.hyperparameter import ParamGroup
+from hypergrad.optimizer.rules import ELEMENTWISE
+
+State = dict[str, Any]
+ByParam = Mapping[torch.Tensor, torch.Tensor]
+StateByParam = Mapping[torch.Tensor, Mapping[str, torch.Tensor]]
+
+# State that torch keeps as one number per tensor; the names decide only for parameters that are scalars themselves.
+_COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
+
+
+def stepped_params(group: ParamGroup) -> list[torch.Tensor]:
+    """The parameters of a group that the next step will move: those with a gradient.
+
+    Raises:
+        UnsupportedOptimizerError: for sparse gradients and complex parameters.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    for p in params:
+        if p.grad.is_sparse:
+            raise UnsupportedOptimizerError(
+                f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which cannot be differentiated: "
+                "use Embedding(sparse=False)."
+            )
+        if p.is_complex():
+            raise UnsupportedOptimizerError(
+                f"A parameter of shape {tuple(p.shape)} is complex: store its real and imaginary part instead."
+            )
+    return params
+
+
+@dataclass
+class Packet:
+    """Parameters that are stepped as one tensor: a single one in its shape, or several flat, end to end.
+
+    Args:
+        group: index of the param group.
+        params: the optimizer's own parameters.
+        param, grad, state: copies of their values, gradients and states, joined.
+        counters: keys of `state` that hold one number for all of them.
+    """
+
+    group: int
+    params: list[torch.Tensor]
+    param: torch.Tensor
+    grad: torch.Tensor
+    state: State
+    counters: frozenset[str]
+
+    @classmethod
+    def collect(
+        cls, optimizer: torch.optim.Optimizer, group: int, params: list[torch.Tensor], counters: Mapping[str, float]
+    ) -> Packet:
+        """Copy what a step on `params` would read."""
+        states = [optimizer.state.get(p, {}) for p in params]
+        state: State = {}
+        for key, value in states[0].items():
+            if not isinstance(value, torch.Tensor):
+                state[key] = copy.deepcopy(value)
+            elif key in counters:
+                # Counters are float32 in torch, where 1 - beta**step loses half its digits; the real step computes
+                # that in Python's float64.
+                state[key] = torch.tensor(counters[key], dtype=torch.float64)
+            else:
+                state[key] = _joined([entry[key] for entry in states])
+        return cls(
+            group=group,
+            params=params,
+            param=_joined([p.detach() for p in params]),
+            grad=_joined([_grad(p) for p in params]),
+            state=state,
+            counters=frozenset(counters),
+        )
+
+    def is_counter(self, key: str, value: torch.Tensor) -> bool:
+        """Whether an entry of the state, which the step may just have made, is one number for all parameters."""
+        return key in self.counters or _is_counter(key, value, self.params[0])
+
+    def join(self, parts: ByParam) -> torch.Tensor | None:
+        """One tensor like `param`; zero for parameters that are absent, None if all of them are."""
+        if not any(p in parts for p in self.params):
+            return None
+        return _joined([parts.get(p, torch.zeros_like(p)) for p in self.params])
+
+    def join_state(self, parts: StateByParam) -> dict[str, torch.Tensor]:
+        """One tensor per entry of the state that occurs in `parts`; of counters, a list of one value per parameter."""
+        joined: dict[str, torch.Tensor] = {}
+        for key in {key for p in self.params for key in parts.get(p, {})}:
+            entries = [parts.get(p, {}).get(key) for p in self.params]
+            known = next(entry for entry in entries if entry is not None)
+            if self.is_counter(key, known):
+                joined[key] = torch.stack([torch.zeros_like(known) if e is None else e for e in entries])
+            else:
+                joined[key] = _joined(
+                    [torch.zeros_like(p) if e is None else e for e, p in zip(entries, self.params, strict=True)]
+                )
+        return joined
+
+    def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
+        """One tensor per parameter, in its shape, of one like `param`."""
+        if len(self.params) == 1:
+            return [joined]
+        parts = torch.split(joined, [p.numel() for p in self.params])
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+
+def collect(
+    optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None, *, pack: bool | None = None
+) -> list[Packet]:
+    """Copies of all that the next step of an optimizer would read.
+
+    Args:
+        groups: indices of param groups; None takes them all.
+        pack: treat parameters of one dtype and device, with the same kind of state and the same numbers in it, as one
+            tensor; None does so where the rule is known to be elementwise.
+    """
+    pack = type(optimizer) in ELEMENTWISE if pack is None else pack
+    indices = range(len(optimizer.param_groups)) if groups is None else groups
+    return [
+        Packet.collect(optimizer, index, params, counters)
+        for index in indices
+        for params, counters in _partition(optimizer, stepped_params(optimizer.param_groups[index]), pack)
+    ]
+
+
+@contextmanager
+def exact_counters(packets: Sequence[Packet]) -> Iterator[None]:
+    """Step counts that the first step of a run creates are float64 as well, see `Packet.collect`.
+
+    torch gives them the default dtype, and nothing but that chooses it.
+    """
+    if all(packet.state for packet in packets):
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _partition(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool
+) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
+    counters = _counters(optimizer, params)
+    if not pack:
+        return [([p], counters[p]) for p in params]
+    packets: dict[Any, list[torch.Tensor]] = {}
+    for p in params:
+        state = optimizer.state.get(p, {})
+        shapes = tuple((k, v.dtype, v.shape == p.shape) for k, v in state.items() if isinstance(v, torch.Tensor))
+        others = tuple((k, v) for k, v in state.items() if not isinstance(v, torch.Tensor))
+        kind = (p.dtype, p.device, p.dim() == 0, shapes, others, tuple(counters[p].items()))
+        packets.setdefault(kind, []).append(p)
+    return [(packet, counters[packet[0]]) for packet in packets.values()]
+
+
+def _counters(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
+    """Every number in a parameter's state that torch keeps in a tensor, such as its step count.
+
+    Those on an accelerator (fused and capturable rules) are read back together: one synchronisation.
+    """
+    counters: dict[torch.Tensor, dict[str, float]] = {p: {} for p in params}
+    remote: list[tuple[torch.Tensor, str, torch.Tensor]] = []
+    for p in params:
+        for key, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, torch.Tensor) or not _is_counter(key, value, p):
+                continue
+            if value.device.type == "cpu":
+                counters[p][key] = value.item()
+            else:
+                remote.append((p, key, value))
+    if remote:
+        values = torch.stack([value.to(torch.float64) for _, _, value in remote]).tolist()
+        for (p, key, _), number in zip(remote, values, strict=True):
+            counters[p][key] = number
+    return counters
+
+
+def _is_counter(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
+    """One number per tensor, such as a step count, rather than one per element."""
+    return value.dim() == 0 and value.is_floating_point() and (param.dim() > 0 or key in _COUNTERS)
+
+
+def _grad(param: torch.Tensor) -> torch.Tensor:
+    if param.grad is None:
+        raise UnsupportedOptimizerError("A parameter lost its gradient while its step was differentiated.")
+    return param.grad.detach()
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A fresh copy: the tensor itself if it is the only one, all of them flat and end to end otherwise."""
+    if len(tensors) == 1:
+        return tensors[0].detach().clone()
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
