@@ -18,6 +18,9 @@ State = dict[str, Any]
 ByParam = Mapping[torch.Tensor, torch.Tensor]
 StateByParam = Mapping[torch.Tensor, Mapping[str, torch.Tensor]]
 
+# Elementwise rules need not be stepped all at once: copies of so many elements exist at a time.
+_ELEMENTS_AT_A_TIME = 2**22
+
 # State that torch keeps as one number per tensor; the names decide only for parameters that are scalars themselves.
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 
@@ -127,13 +130,32 @@ def collect(
         pack: treat parameters of one dtype and device, with the same kind of state and the same numbers in it, as one
             tensor; None does so where the rule is known to be elementwise.
     """
-    pack = type(optimizer) in ELEMENTWISE if pack is None else pack
+    return [packet for bundle in bundles(optimizer, groups, pack=pack) for packet in bundle]
+
+
+def bundles(
+    optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None, *, pack: bool | None = None
+) -> Iterator[list[Packet]]:
+    """The same, one bundle of packets after another: what one bundle becomes does not depend on the others.
+
+    An elementwise rule comes in bundles of about four million elements, so that copies of a large model never exist all
+    at once; any other rule in one.
+    """
+    elementwise = type(optimizer) in ELEMENTWISE
     indices = range(len(optimizer.param_groups)) if groups is None else groups
-    return [
-        Packet.collect(optimizer, index, params, counters)
-        for index in indices
-        for params, counters in _partition(optimizer, stepped_params(optimizer.param_groups[index]), pack)
-    ]
+    bundle: list[Packet] = []
+    size = 0
+    for index in indices:
+        params = stepped_params(optimizer.param_groups[index])
+        for part, counters in _partition(optimizer, params, elementwise if pack is None else pack):
+            elements = sum(p.numel() for p in part)
+            if elementwise and bundle and size + elements > _ELEMENTS_AT_A_TIME:
+                yield bundle
+                bundle, size = [], 0
+            bundle.append(Packet.collect(optimizer, index, part, counters))
+            size += elements
+    if bundle:
+        yield bundle
 
 
 @contextmanager
@@ -160,12 +182,14 @@ def _partition(
     if not pack:
         return [([p], counters[p]) for p in params]
     packets: dict[Any, list[torch.Tensor]] = {}
+    sizes: dict[Any, int] = {}
     for p in params:
         state = optimizer.state.get(p, {})
         shapes = tuple((k, v.dtype, v.shape == p.shape) for k, v in state.items() if isinstance(v, torch.Tensor))
         others = tuple((k, v) for k, v in state.items() if not isinstance(v, torch.Tensor))
         kind = (p.dtype, p.device, p.dim() == 0, shapes, others, tuple(counters[p].items()))
-        packets.setdefault(kind, []).append(p)
+        sizes[kind] = sizes.get(kind, 0) + p.numel()
+        packets.setdefault((kind, sizes[kind] // _ELEMENTS_AT_A_TIME), []).append(p)
     return [(packet, counters[packet[0]]) for packet in packets.values()]
 
 

@@ -21,6 +21,7 @@ from hypergrad.optimizer.packets import (
     ByParam,
     Packet,
     StateByParam,
+    bundles,
     collect,
     exact_counters,
 )
@@ -118,7 +119,15 @@ def differentiate_step(
         UnsupportedOptimizerError: where the optimizer's step leaves torch's differentiable operations.
     """
     check_optimizer(optimizer)
-    packets = collect(optimizer, pack=pack)
+    result = StateVector()
+    for packets in bundles(optimizer, pack=pack):
+        _differentiate(optimizer, packets, direction, result)
+    return result
+
+
+def _differentiate(
+    optimizer: torch.optim.Optimizer, packets: Sequence[Packet], direction: Direction, result: StateVector
+) -> None:
     lr_alone = not (direction.params or direction.grads or direction.state)
     with dual_level(), torch.no_grad(), DifferentiableMode():
         for packet in packets:
@@ -129,10 +138,8 @@ def differentiate_step(
             h.write(groups[index], dual(_number(value), _number(rate)))
         twin = shadow(optimizer, groups, {packet.param: packet.state for packet in packets})
         _take(twin, packets)
-        result = StateVector()
         for packet in packets:
             _collect_tangents(packet, twin, result)
-    return result
 
 
 class RecordedStep:

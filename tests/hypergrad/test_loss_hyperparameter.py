@@ -44,7 +44,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
+        self.net = nn.Sequential(
+            nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
+        )
         self.smoothing = Hyperparameter(0.1, transform="logit")
         self.l1 = Hyperparameter(1e-2)
         self.l2 = nn.ModuleDict({name: Hyperparameter(0.1) for name in ("0", "4")})

@@ -47,7 +47,7 @@ def test_equals_central_differences_of_the_whole_run(cell: Cell, name: str, doub
     assert expected != 0.0
     exact = _measured(problem, name, Forward()).item()
     assert exact == pytest.approx(expected, rel=1e-5, abs=1e-12)
-    assert _measured(problem, name, Forward(curvature=FiniteDifference())).item() == pytest.approx(exact, rel=1e-4)
+    assert _measured(problem, name, Forward(curvature=FiniteDifference(1e-8))).item() == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_quadratic_whose_best_learning_rate_is_known(double: None) -> None:
         assert free.grads["lr"].item() == pytest.approx(-4.0 * a * a * (1 + a), rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference()], ids=["exact", "difference"])
+@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference(1e-8)], ids=["exact", "difference"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_ordinary_layers(kind: str, curvature: Curvature, double: None) -> None:
     assert_layers_are_differentiated(kind, Forward(curvature=curvature), evaluations=5 + 4 + 1)  # no past at first

@@ -47,7 +47,7 @@ def test_equals_forward_on_every_cell(cell: Cell, name: str, double: None) -> No
     expected = measured(Forward())
     assert expected != 0.0
     assert measured(Unrolled()) == pytest.approx(expected, rel=1e-8)
-    assert measured(Unrolled(curvature=FiniteDifference())) == pytest.approx(expected, rel=1e-4)
+    assert measured(Unrolled(curvature=FiniteDifference(1e-8))) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("cell", "name"), [*NOT_CARRIED, *REFUSED], ids=ids([*NOT_CARRIED, *REFUSED]))
@@ -96,7 +96,7 @@ def test_the_last_steps_only(steps: int, double: None) -> None:
     assert result.ok, result
 
 
-@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference()], ids=["exact", "difference"])
+@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference(1e-8)], ids=["exact", "difference"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_ordinary_layers(kind: str, curvature: Curvature, double: None) -> None:
     assert_layers_are_differentiated(kind, Unrolled(curvature=curvature), evaluations=5 + 4 + 1)
