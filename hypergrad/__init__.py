@@ -26,11 +26,11 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
-from hypergrad.loss_hyperparameter import Hyperparameter
+from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.rng import generators_of, preserved_rng
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
-from hypergrad.tuner import Measurement, Outcome, Tuner
+from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
 
 __all__ = [
     "CG",
@@ -66,6 +66,7 @@ __all__ = [
     "Softplus",
     "Solution",
     "Solver",
+    "TensorMeasurement",
     "Tracker",
     "Transform",
     "Tuner",
@@ -75,6 +76,7 @@ __all__ = [
     "generators_of",
     "gradient",
     "hypergradient",
+    "loss_hyperparameters",
     "preserved",
     "preserved_rng",
     "resolve",

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.errors import ConfigurationError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.loss_hyperparameter import Hyperparameter
 from hypergrad.signal import SignalToNoise
 
 # A step multiplies decayed weights by 1 - lr * weight_decay: at 1 they are erased, beyond it they change sign.
@@ -26,7 +29,7 @@ class Measurement:
         scheduled: the value that the user or an LR scheduler set.
         value: the value that the step really used.
         hypergradient: d(objective)/d(value), the objective to be made smaller.
-        scale: the product of the norms of the validation gradient and of d(parameters)/d(value).
+        scale: the product of the norms of the validation gradient and of d(parameters)/d(value), where it is known.
     """
 
     key: str
@@ -34,7 +37,22 @@ class Measurement:
     scheduled: float
     value: float
     hypergradient: float
-    scale: float
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class TensorMeasurement:
+    """The hypergradient of a hyperparameter in the loss, in natural units, at its present value.
+
+    Args:
+        key: identifies it along the run.
+        hyperparameter: what was measured; an update moves it.
+        hypergradient: d(objective)/d(value), in the shape of the value.
+    """
+
+    key: str
+    hyperparameter: Hyperparameter
+    hypergradient: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -80,27 +98,36 @@ class Tuner:
             self._bound_decay(values, names, group)
         return values
 
-    def update(self, measurements: Sequence[Measurement], loss: float) -> Outcome:
+    def update(
+        self, measurements: Sequence[Measurement], loss: float, tensors: Sequence[TensorMeasurement] = ()
+    ) -> Outcome:
         """Let the controller move every coordinate; nothing moves where a number is not finite.
 
         Args:
             measurements: at most one per coordinate.
             loss: the validation loss at which they were taken.
+            tensors: at most one per hyperparameter in the loss.
         """
-        numbers = [loss, *(x for m in measurements for x in (m.hypergradient, m.scale, m.value))]
-        if not all(map(math.isfinite, numbers)):
+        numbers = [loss, *(x for m in measurements for x in (m.hypergradient, m.scale or 0.0, m.value))]
+        if not all(map(math.isfinite, numbers)) or not all(bool(t.hypergradient.isfinite().all()) for t in tensors):
             culprit = "hypergradient" if math.isfinite(loss) else "validation loss"
             return Outcome(skipped=f"non-finite {culprit}")
         readings = [_reading(m) for m in measurements]
         for reading in readings:
-            self._signals.setdefault(reading.key, SignalToNoise()).add(reading.slope)
-        for measurement, move in zip(measurements, self.controller.moves(readings), strict=True):
-            if not math.isfinite(move):
+            self._signals.setdefault(reading.key, SignalToNoise()).add(float(reading.slope))
+        moves = self.controller.moves([*readings, *map(_tensor_reading, tensors)])
+        measured: list[Measurement | TensorMeasurement] = [*measurements, *tensors]
+        for measurement, move in zip(measured, moves, strict=True):
+            if not (bool(move.isfinite().all()) if isinstance(move, torch.Tensor) else math.isfinite(move)):
                 raise ConfigurationError(f"{type(self.controller).__name__} moved {measurement.key!r} by {move}.")
-            if move != 0.0:
-                self._move(measurement, move)
+            if isinstance(measurement, TensorMeasurement):
+                if isinstance(move, torch.Tensor) or move != 0.0:
+                    value = measurement.hyperparameter.value
+                    measurement.hyperparameter.move(torch.as_tensor(move).to(value).expand_as(value))
+            elif float(move) != 0.0:
+                self._move(measurement, float(move))
         return Outcome(
-            cosines={r.key: r.cosine for r in readings},
+            cosines={r.key: float(r.cosine) for r in readings if r.cosine is not None},
             signal_to_noise={r.key: self._signals[r.key].value for r in readings},
         )
 
@@ -172,5 +199,12 @@ def _reading(measurement: Measurement) -> Reading:
     hyperparameter = measurement.hyperparameter
     value = hyperparameter.start(measurement.value) or 0.0
     slope = measurement.hypergradient * hyperparameter.coordinate.slope(value)
+    if measurement.scale is None:
+        return Reading(measurement.key, slope=slope, cosine=None, name=hyperparameter.name)
     cosine = measurement.hypergradient / measurement.scale if measurement.scale > 0.0 else 0.0
     return Reading(measurement.key, slope=slope, cosine=max(-1.0, min(1.0, cosine)), name=hyperparameter.name)
+
+
+def _tensor_reading(measurement: TensorMeasurement) -> Reading:
+    slope = measurement.hypergradient * measurement.hyperparameter.coordinate.slope(measurement.hyperparameter.value)
+    return Reading(measurement.key, slope=slope, cosine=None, name=measurement.key)

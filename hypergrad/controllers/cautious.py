@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hypergrad.controllers.base import Controller, Reading
+from hypergrad.controllers.base import Controller, Move, Reading
 from hypergrad.errors import ConfigurationError
 
 
@@ -45,7 +45,7 @@ class Cautious(Controller):
         self.slowdown = slowdown
         self._readings: dict[str, int] = {}
 
-    def moves(self, readings: Sequence[Reading]) -> list[float]:
+    def moves(self, readings: Sequence[Reading]) -> list[Move]:
         """The wrapped controller's moves, the late upward ones of `lr` made smaller."""
         moves = self.controller.moves(readings)
         return [self._slowed(reading, move) for reading, move in zip(readings, moves, strict=True)]
@@ -59,7 +59,7 @@ class Cautious(Controller):
         self._readings = dict(state["readings"])
         self.controller.load_state_dict(state["controller"])
 
-    def _slowed(self, reading: Reading, move: float) -> float:
+    def _slowed(self, reading: Reading, move: Move) -> Move:
         self._readings[reading.key] = self._readings.get(reading.key, 0) + 1
         late = self._readings[reading.key] > self.free
-        return move * self.slowdown if late and move > 0.0 and reading.name == "lr" else move
+        return move * self.slowdown if reading.name == "lr" and late and move > 0.0 else move

@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hypergrad.controllers.base import Controller, Reading
+import torch
+
+from hypergrad.controllers.base import Controller, Move, Reading
 from hypergrad.errors import ConfigurationError
 
 
 class Descent(Controller):
     """Moves each coordinate by `-rate * g * |g|`, where g in [-1, 1] says how much recent readings agree.
 
-        g = m / sqrt(v),    m, v = exponential means of the cosine and of its square
+        g = m / sqrt(v),    m, v = exponential means of the cosine, or else the slope, and of its square
 
     bias-corrected as in Adam (Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 1). While a
     hyperparameter is clearly wrong every reading has the same sign, g is near 1 and the value changes by a factor of
     up to `exp(rate)` an update. Near the optimum readings are noise, g is around `sqrt((1 - memory) / 2)` and its
-    square lets the value drift only slowly. The cosine, and not the hypergradient, makes the step free of the scale
-    of loss, model and hyperparameter.
+    square lets the value drift only slowly. The step is free of the scale of loss, model and hyperparameter; where the
+    estimator knows the cosine, also of how large the gradients of each batch are. Elements of one hyperparameter move
+    independently of each other.
 
     A move against the latest reading is not made: when a rising learning rate has just become too high, the mean
     would still push it up for some updates, and the damage is not undone by lowering it afterwards.
@@ -51,7 +54,7 @@ class Descent(Controller):
         self.scale_memory = scale_memory
         self._moments: dict[str, _Moments] = {}
 
-    def moves(self, readings: Sequence[Reading]) -> list[float]:
+    def moves(self, readings: Sequence[Reading]) -> list[Move]:
         """`-rate * g * |g|` for each reading, or 0 where the reading disagrees with g in sign."""
         return [self._move(reading) for reading in readings]
 
@@ -63,31 +66,35 @@ class Descent(Controller):
         """Continue as the controller that returned `state`."""
         self._moments = {key: _Moments(**moments) for key, moments in state.items()}
 
-    def _move(self, reading: Reading) -> float:
-        moments = self._moments.setdefault(reading.key, _Moments())
-        moments.add(reading.cosine, self.memory, self.scale_memory)
+    def _move(self, reading: Reading) -> Move:
+        moments, strength = self._moments.setdefault(reading.key, _Moments()), reading.strength
+        moments.add(strength, self.memory, self.scale_memory)
         agreement = moments.agreement(self.memory, self.scale_memory)
-        if agreement * reading.cosine <= 0.0:
-            return 0.0
-        return -self.rate * agreement * abs(agreement)
+        if isinstance(agreement, torch.Tensor):
+            moves = -self.rate * agreement * agreement.abs()
+            return torch.where(agreement * strength > 0.0, moves, torch.zeros_like(moves))
+        return -self.rate * agreement * abs(agreement) if agreement * strength > 0.0 else 0.0
 
 
 @dataclass
 class _Moments:
-    """Exponential means of a reading's cosine and of its square, not yet bias-corrected."""
+    """Exponential means of a reading's strength and of its square, not yet bias-corrected."""
 
-    mean: float = 0.0
-    square: float = 0.0
+    mean: Move = 0.0
+    square: Move = 0.0
     count: int = 0
 
-    def add(self, value: float, memory: float, scale_memory: float) -> None:
+    def add(self, value: Move, memory: float, scale_memory: float) -> None:
         self.mean = memory * self.mean + (1.0 - memory) * value
         self.square = scale_memory * self.square + (1.0 - scale_memory) * value * value
         self.count += 1
 
-    def agreement(self, memory: float, scale_memory: float) -> float:
+    def agreement(self, memory: float, scale_memory: float) -> Move:
         mean = self.mean / (1.0 - memory**self.count)
         square = self.square / (1.0 - scale_memory**self.count)
+        if isinstance(mean, torch.Tensor) and isinstance(square, torch.Tensor):
+            ratio = mean / torch.where(square > 0.0, square, torch.ones_like(square)).sqrt()
+            return ratio.clamp(-1.0, 1.0)
         if square <= 0.0:
             return 0.0
         return max(-1.0, min(1.0, mean / math.sqrt(square)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypergrad.controllers.base import Controller, Reading
+from hypergrad.controllers.base import Controller, Move, Reading
 
 
 class Hold(Controller):
@@ -14,6 +14,6 @@ class Hold(Controller):
     [0.0]
     """
 
-    def moves(self, readings: Sequence[Reading]) -> list[float]:
+    def moves(self, readings: Sequence[Reading]) -> list[Move]:
         """0 for each reading."""
         return [0.0] * len(readings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +73,13 @@ class Tracker(ABC):
             gradients: the validation gradient of each tensor in `params`, in its shape.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is carried from step to step: tensors, numbers and strings in plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most estimators carry nothing)
+        """Continue as the tracker that returned `state`, of the same optimizer and hyperparameters."""
+
 
 class Estimator(ABC):
     """A way to compute hypergradients: settings only, so that one object can serve many optimizers and runs."""
@@ -80,6 +88,11 @@ class Estimator(ABC):
     def needs_every_step(self) -> bool:
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether `Tracker.state_dict` holds all that a tracker knows, so that a resumed run continues exactly."""
+        return True
 
     @abstractmethod
     def track(
@@ -99,6 +112,44 @@ class Estimator(ABC):
             HyperparameterError: for a hyperparameter on which the optimizer's step does not depend, or that this
                 estimator cannot serve.
         """
+
+
+class Pace:
+    """How far one hyperparameter's value moves at each step of a run, when it moves by one natural unit now.
+
+    What moves is its coordinate, for the whole run: under a schedule a learning rate that is 1% higher is so at every
+    step, and moves less where the schedule is low. Where the value never changes, all of that is 1.
+    """
+
+    def __init__(self) -> None:
+        self.slope: float | None = None
+        self._begun = False
+
+    def step(self, hyperparameter: OptimizerHyperparameter, value: float) -> tuple[float, bool]:
+        """The rate of the coming step, and whether what came before is to be forgotten.
+
+        A value of 0 cannot move in a logarithm: steps that have it count for nothing once another value is seen, and
+        by the natural unit while there is none.
+        """
+        slope, fresh = hyperparameter.coordinate.slope(value), self.slope is None
+        begun, self._begun = self._begun, True
+        if slope > 0.0:
+            self.slope = slope
+            return slope, fresh and begun
+        return 1.0 if self.slope is None else 0.0, False
+
+    @property
+    def unit(self) -> float:
+        """What turns a derivative at these rates into one per natural unit."""
+        return 1.0 if self.slope is None else 1.0 / self.slope
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last slope."""
+        return {"slope": self.slope, "begun": self._begun}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the pace that returned `state`."""
+        self.slope, self._begun = state["slope"], state["begun"]
 
 
 def wide(tensors: Sequence[torch.Tensor]) -> torch.dtype:

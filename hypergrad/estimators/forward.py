@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
-from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker, check_used, norm, wide
+from hypergrad.estimators.base import Contraction, Estimator, Pace, Tensors, Tracker, check_used, norm, wide
 from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.packets import stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step
@@ -101,6 +102,7 @@ class _ForwardTracker(Tracker):
         self._tensors = tensors
         self._unused = set(tensors)
         self._tangents: dict[_Key, StateVector] = {}
+        self._paces: dict[_Key, Pace] = {}
         self._moved: list[torch.Tensor] = []  # by any tracked step
 
     @property
@@ -119,11 +121,10 @@ class _ForwardTracker(Tracker):
         self._moved = list(dict.fromkeys([*self._moved, *moving]))
         for key in self._keys(len(stepped)):
             self._tangents.setdefault(key, StateVector())
+        own = {key: self._own_direction(key) for key in self._tangents}
         grads = self._gradient_tangents(loss, list(moving))
         for key, before in self._tangents.items():
-            index, what = key
-            own = {(index, what): 1.0} if isinstance(what, OptimizerHyperparameter) else {}
-            after = differentiate_step(optimizer, Direction(own, before.params, grads.get(key, {}), before.state))
+            after = differentiate_step(optimizer, Direction(own[key], before.params, grads.get(key, {}), before.state))
             # A parameter without a gradient stays where it is, and so does its tangent.
             self._tangents[key] = StateVector(
                 {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
@@ -144,7 +145,8 @@ class _ForwardTracker(Tracker):
         for key, tangents in self._tangents.items():
             dots = [(gradients[p].to(dtype) * t.to(dtype)).sum() for p, t in tangents.params.items()]
             squares = [t.to(dtype).square().sum() for t in tangents.params.values()]
-            pairs[key] = sum(dots, zero), sum(squares, zero).sqrt()
+            unit = self._paces[key].unit if key in self._paces else 1.0
+            pairs[key] = sum(dots, zero) * unit, sum(squares, zero).sqrt() * unit
         hypergradients: dict[str, torch.Tensor] = {}
         tangent_norms: dict[str, torch.Tensor] = {}
         for h in self._hyperparameters:
@@ -158,6 +160,49 @@ class _ForwardTracker(Tracker):
         # A group's hyperparameter acts, through the loss, on the parameters of all.
         whole = norm([gradients[p] for p in self._moved], dtype)
         return Contraction(hypergradients, tangent_norms, whole.expand(groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tangents, by parameter and hyperparameter."""
+        index = {p: i for i, p in enumerate(self._all_params())}
+        return {
+            "moved": [index[p] for p in self._moved],
+            "unused": sorted(self._unused),
+            "tangents": {
+                _label(key): {
+                    "params": {index[p]: t for p, t in z.params.items()},
+                    "state": {index[p]: dict(entry) for p, entry in z.state.items()},
+                }
+                for key, z in self._tangents.items()
+            },
+            "paces": {_label(key): pace.state_dict() for key, pace in self._paces.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the tracker that returned `state`; tangents of hyperparameters that it did not have are 0."""
+        params = self._all_params()
+        self._moved = [params[i] for i in state["moved"]]
+        self._unused = set(state["unused"]) & set(self._tensors)
+        for key in self._keys(len(self._optimizer.param_groups)):
+            if _label(key) in state["tangents"]:
+                saved = state["tangents"][_label(key)]
+                self._tangents[key] = StateVector(
+                    {params[i]: t.to(params[i].device) for i, t in saved["params"].items()},
+                    {params[i]: {k: _placed(params[i], t) for k, t in e.items()} for i, e in saved["state"].items()},
+                )
+            if _label(key) in state["paces"]:
+                self._paces.setdefault(key, Pace()).load_state_dict(state["paces"][_label(key)])
+
+    def _all_params(self) -> list[torch.Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _own_direction(self, key: _Key) -> dict[tuple[int, OptimizerHyperparameter], float]:
+        index, what = key
+        if isinstance(what, str):
+            return {}
+        rate, anew = self._paces.setdefault(key, Pace()).step(what, what.read(self._optimizer.param_groups[index]))
+        if anew:
+            self._tangents[key] = StateVector()
+        return {(index, what): rate} if rate else {}
 
     def _keys(self, groups: int) -> list[_Key]:
         ours: list[_Key] = [(i, h) for h in self._hyperparameters for i in range(groups)]
@@ -202,6 +247,15 @@ class _ForwardTracker(Tracker):
                 if isinstance(key[1], str) and key[1] in self._unused and _acts(rows[: len(involved)]):
                     self._unused.discard(key[1])
         return result
+
+
+def _placed(param: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    # Tangents of counters stay where counters are differentiated, on the CPU.
+    return tangent if tangent.dim() == 0 and param.dim() > 0 else tangent.to(param.device)
+
+
+def _label(key: _Key) -> str:
+    return f"{key[1] if isinstance(key[1], str) else key[1].name}/{key[0]}"
 
 
 def _acts(rows: Sequence[torch.Tensor | None]) -> bool:

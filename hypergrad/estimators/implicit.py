@@ -62,6 +62,11 @@ class Implicit(Estimator):
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return self.batches > 1
 
+    @property
+    def resumes(self) -> bool:
+        """Whether `Tracker.state_dict` holds all that a tracker knows; recorded batches are not saved."""
+        return self.batches == 1
+
     def track(
         self,
         optimizer: torch.optim.Optimizer,

@@ -10,7 +10,7 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError
-from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker, check_used, norm, wide
+from hypergrad.estimators.base import Contraction, Estimator, Pace, Tensors, Tracker, check_used, norm, wide
 from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.step import RecordedStep, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
@@ -53,6 +53,11 @@ class Unrolled(Estimator):
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return self.steps != 1
 
+    @property
+    def resumes(self) -> bool:
+        """Whether `Tracker.state_dict` holds all that a tracker knows; recorded batches are not saved."""
+        return self.steps == 1
+
     def track(
         self,
         optimizer: torch.optim.Optimizer,
@@ -79,7 +84,7 @@ class UnrolledTracker(Tracker):
         self._optimizer = optimizer
         self._hyperparameters = hyperparameters
         self._tensors = tensors
-        self._steps: deque[tuple[RecordedStep, Evaluation | None]] = deque(maxlen=estimator.steps)
+        self._steps: deque[_Step] = deque(maxlen=estimator.steps)
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -93,7 +98,9 @@ class UnrolledTracker(Tracker):
     def before_step(self, loss: Evaluation | None = None) -> None:
         if loss is None and self.needs_loss:
             raise HypergradError("Unrolled needs the training loss of each step: call before_step(loss).")
-        self._steps.append((RecordedStep(self._optimizer), loss))
+        groups = self._optimizer.param_groups
+        values = {(i, h): h.read(group) for h in self._hyperparameters for i, group in enumerate(groups)}
+        self._steps.append(_Step(RecordedStep(self._optimizer), loss, values))
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._steps:
@@ -106,10 +113,11 @@ class UnrolledTracker(Tracker):
         direct = {name: gradients[t].to(dtype) for name, t in self._tensors.items()}
         used: set[str] = set()
         adjoint = StateVector({p: gradients[p].detach() for p in params})
-        for at, (step, loss) in reversed(list(enumerate(self._steps))):
+        rates = {c: _rates(c[1], [step.values[c] for step in self._steps]) for c in coordinates}
+        for at, (step, loss) in reversed([(i, (s.record, s.loss)) for i, s in enumerate(self._steps)]):
             back = step.pull_back(adjoint, coordinates)
             for coordinate, number in back.hyperparameters.items():
-                totals[coordinate] += number.to(totals[coordinate])
+                totals[coordinate] += rates[coordinate][at] * number.to(totals[coordinate])
             moved = set(step.moved)
             # A parameter without a gradient stayed where it was, and so did its state.
             before = {p: t for p, t in adjoint.params.items() if p not in moved} | back.before.params
@@ -151,4 +159,20 @@ class UnrolledTracker(Tracker):
         return dict(zip(inputs, rows, strict=True))
 
     def _moved(self) -> list[torch.Tensor]:
-        return list(dict.fromkeys(p for step, _ in self._steps for p in step.moved))
+        return list(dict.fromkeys(p for step in self._steps for p in step.record.moved))
+
+
+@dataclass(frozen=True)
+class _Step:
+    record: RecordedStep
+    loss: Evaluation | None
+    values: dict[tuple[int, OptimizerHyperparameter], float]
+
+
+def _rates(hyperparameter: OptimizerHyperparameter, values: Sequence[float]) -> list[float]:
+    """How far the value of each step moves with the last one, see `Pace`."""
+    pace, rates = Pace(), list[float]()
+    for value in values:
+        rate, anew = pace.step(hyperparameter, value)
+        rates = [*([0.0] * len(rates) if anew else rates), rate]
+    return [rate * pace.unit for rate in rates]

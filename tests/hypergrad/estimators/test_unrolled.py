@@ -9,6 +9,7 @@ from torch import nn
 from hypergrad import (
     ConfigurationError,
     Curvature,
+    Estimator,
     Exact,
     FiniteDifference,
     Forward,
@@ -190,3 +191,33 @@ def test_a_tracker_says_what_it_misses() -> None:
         tracker.contract({})
     with pytest.raises(HypergradError, match="training loss"):
         tracker.before_step()
+
+
+@pytest.mark.parametrize("factors", [(1.0, 0.5, 0.1, 0.7), (0.0, 0.5, 1.0, 0.3)], ids=["schedule", "warm-up from 0"])
+@pytest.mark.parametrize("estimator", [Forward(), Unrolled()], ids=["Forward", "Unrolled"])
+def test_under_a_schedule_the_whole_curve_moves(estimator: Estimator, factors: tuple[float, ...], double: None) -> None:
+    problem = Problem(CELLS[1], steps=4)  # SGD with momentum
+
+    def run(rate: float, tracker_of: Estimator | None = None) -> tuple[float, float]:
+        model = problem.model()
+        optimizer = problem.optimizer(model)
+        tracker = tracker_of.track(optimizer, [OptimizerHyperparameter("lr")]) if tracker_of else None
+        for factor, loss in zip(factors, problem.train_losses, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.zero_grad()
+            loss(model).backward()
+            if tracker is not None:
+                tracker.before_step(lambda loss=loss: loss(model))
+            optimizer.step()
+        value = problem.val_loss(model)
+        if tracker is None:
+            return value.item(), 0.0
+        gradients = torch.autograd.grad(value, list(tracker.params))
+        return value.item(), tracker.contract(dict(zip(tracker.params, gradients, strict=True))).hypergradients[
+            "lr"
+        ].item()
+
+    _, found = run(0.1, estimator)
+    table = [(run(0.1 + h)[0] - run(0.1 - h)[0]) / (2 * h) for h in (1e-3, 5e-4)]
+    # Per unit of the last value, which is the last factor times what moved here.
+    assert found * factors[-1] == pytest.approx((4 * table[1] - table[0]) / 3, rel=1e-7)
