@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from hypergrad import Estimator, HyperparameterError, Measurement, OptimizerHyperparameter, Tracker, Tuner
+from hypergrad.callbacks._history import Stopwatch
+from hypergrad.callbacks._training import TrainingLoss
 
 
 class Attachment:
@@ -19,8 +22,10 @@ class Attachment:
 
     Args:
         index: position of the optimizer in `trainer.optimizers`.
-        every_n_steps: a step is tracked when this many have passed since the last measured one; where several steps
-            follow each other before `measured` is called, the last of them counts.
+        tensors: values of the hyperparameters in the loss, by name.
+        every_n_steps: a step is measured when this many have passed since the last measured one; where several steps
+            follow each other before `measured` is called, the last of them counts. Estimators that need it track the
+            steps between as well.
         steps: optimizer steps taken before.
     """
 
@@ -30,13 +35,17 @@ class Attachment:
         optimizer: torch.optim.Optimizer,
         hyperparameters: tuple[OptimizerHyperparameter, ...],
         estimator: Estimator,
+        tensors: Mapping[str, torch.Tensor],
         tuner: Tuner,
         every_n_steps: int,
         steps: int = 0,
     ) -> None:
         self.optimizer = optimizer
         self.hyperparameters = hyperparameters
-        self.tracker: Tracker = estimator.track(optimizer, hyperparameters)
+        self.tracker: Tracker = estimator.track(optimizer, hyperparameters, tensors)
+        self.training_loss: TrainingLoss | None = None  # set where the tracker needs one
+        self.watch: Stopwatch | None = None  # set to measure what tracking costs within training steps
+        self._every_step = estimator.needs_every_step
         self.steps = steps
         self.measured_at = steps - steps % every_n_steps
         self.pending = False
@@ -85,7 +94,9 @@ class Attachment:
             values.update(self._tuner.values(group, mine))
         return values
 
-    def measurements(self, hypergradients: dict[str, list[float]], scales: dict[str, list[float]]) -> list[Measurement]:
+    def measurements(
+        self, hypergradients: dict[str, list[float]], scales: dict[str, list[float] | None]
+    ) -> list[Measurement]:
         """Pair the numbers of a contraction with the values that the tracked step used."""
         return [
             Measurement(
@@ -94,7 +105,7 @@ class Attachment:
                 scheduled=self._used[key][0],
                 value=self._used[key][1],
                 hypergradient=hypergradients[h.name][i],
-                scale=scales[h.name][i],
+                scale=scale[i] if (scale := scales[h.name]) is not None else None,
             )
             for i, mine in enumerate(self.layout())
             for key, h in mine.items()
@@ -137,9 +148,11 @@ class Attachment:
 
     def _before_update(self) -> None:
         self._apply_learned()
-        if self.steps + 1 - self.measured_at >= self._every_n_steps:
-            with torch.no_grad():
-                self.tracker.before_step()
+        with self.watch.running() if self.watch is not None else nullcontext():
+            loss = self.training_loss.of_this_step() if self.training_loss is not None else None
+            if self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps:
+                with torch.no_grad():
+                    self.tracker.before_step(loss)
 
     def _after_step(self, *_: Any) -> None:
         self._depth -= 1
@@ -148,7 +161,7 @@ class Attachment:
         self._restore_schedule()
         self.steps += 1
         due = self.steps - self.measured_at >= self._every_n_steps
-        if due:
+        if due or self._every_step:
             with torch.no_grad():
                 self.tracker.after_step()
         self.pending = due and len(self.tracker.params) > 0

@@ -26,6 +26,7 @@ class Update:
             larger value makes the objective worse.
         signal_to_noise: |mean| / standard deviation over about the last 20 updates.
         skipped: why no value moved, or None.
+        status: what the estimator says is wrong with these numbers, or None.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Update:
     cosines: dict[str, float] = field(default_factory=dict)
     signal_to_noise: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
+    status: str | None = None
 
     def scalars(self) -> dict[str, float]:
         """Every finite number of this update under the tag it has in TensorBoard."""
@@ -62,6 +64,7 @@ def pack(history: list[Update]) -> dict[str, Any]:
         "columns": columns,
         "table": torch.tensor(rows, dtype=torch.float64).reshape(len(history), 2 + len(columns)),
         "skipped": {str(i): u.skipped for i, u in enumerate(history) if u.skipped is not None},
+        "status": {str(i): u.status for i, u in enumerate(history) if u.status is not None},
     }
 
 
@@ -75,7 +78,8 @@ def unpack(packed: dict[str, Any]) -> list[Update]:
                 name, _, label = column.partition(":")
                 maps.setdefault(name, {})[label] = cell
         empty: dict[str, dict[str, float]] = {"values": {}, "hypergradients": {}}
-        history.append(Update(int(step), loss, **{**empty, **maps}, skipped=packed["skipped"].get(str(i))))
+        skipped, status = packed["skipped"].get(str(i)), packed["status"].get(str(i))
+        history.append(Update(int(step), loss, **{**empty, **maps}, skipped=skipped, status=status))
     return history
 
 

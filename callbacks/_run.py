@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,14 +16,20 @@ from hypergrad import (
     Contraction,
     Controller,
     Estimator,
+    Hyperparameter,
+    Implicit,
+    Measurement,
     OptimizerHyperparameter,
+    TensorMeasurement,
     Tuner,
+    loss_hyperparameters,
     resolve,
 )
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
 from hypergrad.callbacks._lightning import validation_loaders
+from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import ValidationLoss
 
 
@@ -31,7 +37,7 @@ from hypergrad.callbacks._validation import ValidationLoss
 class Settings:
     """What the user asked for; see `HyperGradient`."""
 
-    hyperparameters: tuple[str | OptimizerHyperparameter, ...]
+    hyperparameters: tuple[str | OptimizerHyperparameter | Hyperparameter, ...] | None
     estimator: Estimator
     monitor: str
     mode: Literal["min", "max"]
@@ -46,9 +52,18 @@ class Settings:
         return 1.0 if self.mode == "min" else -1.0
 
     @property
-    def names(self) -> list[str]:
-        """Names of the hyperparameters, in order."""
-        return [h if isinstance(h, str) else h.name for h in self.hyperparameters]
+    def of_optimizers(self) -> list[str | OptimizerHyperparameter]:
+        """Those in the param groups; by default learning rate and weight decay, where the estimator can serve them."""
+        if self.hyperparameters is None:
+            return [] if isinstance(self.estimator, Implicit) else ["lr", "weight_decay"]
+        return [h for h in self.hyperparameters if not isinstance(h, Hyperparameter)]
+
+    def in_loss(self, module: pl.LightningModule) -> Mapping[str, Hyperparameter]:
+        """Those in the loss, by path in the module; by default all that it has."""
+        chosen = self.hyperparameters
+        return loss_hyperparameters(
+            module, None if chosen is None else [h for h in chosen if isinstance(h, Hyperparameter)]
+        )
 
 
 class Run:
@@ -70,9 +85,14 @@ class Run:
         self._tuner = Tuner(copy.deepcopy(settings.controller))  # every run starts with a fresh one
         self._watch = Stopwatch(trainer.strategy.root_device)
         self._training_watch = Stopwatch(trainer.strategy.root_device)
+        self._tracking_watch = Stopwatch(trainer.strategy.root_device)  # ours, and within training steps
         self._attachments: list[Attachment] = []
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
+        self._modules = settings.in_loss(module)
+        self._names = [h if isinstance(h, str) else h.name for h in settings.of_optimizers] + list(self._modules)
+        self._training_loss: TrainingLoss | None = None
+        self._warned: set[str] = set()
         loader, index, several = _hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
@@ -89,6 +109,8 @@ class Run:
         """Take the hooks off the optimizers and put their scheduled values back. May be called twice."""
         for attachment in self._attachments:
             attachment.detach()
+        if self._training_loss is not None:
+            self._training_loss.detach()
         self._final_values = self.values
 
     @property
@@ -97,7 +119,15 @@ class Run:
         if self._final_values is not None:
             return dict(self._final_values)
         labels = self._labels()
-        return {labels[key]: value for a in self._attachments for key, value in a.values().items()}
+        values = {labels[key]: value for a in self._attachments for key, value in a.values().items()}
+        for name, module in self._modules.items():
+            values.update(_described(name, module.value, {"mean": _mean, "min": torch.min, "max": torch.max}))
+        return values
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The value of each hyperparameter in the loss, by path in the module."""
+        return {name: module.value.detach().clone() for name, module in self._modules.items()}
 
     @property
     def is_due(self) -> bool:
@@ -127,8 +157,10 @@ class Run:
         """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
         return {
             "version": 1,
-            "hyperparameters": self._settings.names,
+            "hyperparameters": self._names,
             "tuner": self._tuner.state_dict(),
+            "estimator": type(self._settings.estimator).__name__,
+            "trackers": [a.tracker.state_dict() for a in self._attachments],
             "optimizer_steps": [a.steps for a in self._attachments],
             "measured_at": [a.measured_at for a in self._attachments],
             "stream": self._stream.state_dict(),
@@ -136,17 +168,18 @@ class Run:
             "first_values": dict(self.first_values),
             "training_batches": self.training_batches,
             "gradients": self.gradients,
-            "seconds": [self._watch.seconds, self._training_watch.seconds],
+            "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the run that returned `state`."""
-        if state["hyperparameters"] != self._settings.names:
+        if state["hyperparameters"] != self._names:
             rank_zero_warn(
                 f"The checkpoint was written by HyperGradient(hyperparameters={tuple(state['hyperparameters'])}) and "
-                f"is continued with {tuple(self._settings.names)}: a hyperparameter that is no longer named goes back "
+                f"is continued with {tuple(self._names)}: a hyperparameter that is no longer named goes back "
                 "to what the optimizer says."
             )
+        self._load_trackers(state)
         self._tuner.load_state_dict(state["tuner"])
         progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
         for attachment, steps, measured_at in progress:
@@ -156,21 +189,39 @@ class Run:
         self.first_values = dict(state["first_values"])
         self.training_batches, self.gradients = state["training_batches"], state["gradients"]
         device = self._trainer.strategy.root_device
-        self._watch, self._training_watch = (Stopwatch(device, seconds) for seconds in state["seconds"])
+        self._watch, self._training_watch, self._tracking_watch = (Stopwatch(device, s) for s in state["seconds"])
+        for attachment in self._attachments:
+            attachment.watch = self._tracking_watch
 
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
         learned = ", ".join(self._learned(label, value) for label, value in self.values.items())
-        own, training = self._watch.seconds, self._training_watch.seconds
+        tracking = self._tracking_watch.seconds
+        own, training = self._watch.seconds + tracking, self._training_watch.seconds - tracking
         ratio = f"{1 + own / training:.2f}x" if training > 0 else "unknown against"
         skipped = sum(u.skipped is not None for u in self.history)
         return (
-            f"HyperGradient: {learned}; {self.gradients} validation gradients beside {self.training_batches} training "
-            f"gradients, {ratio} the training steps' own time of {training:.1f} s"
+            f"HyperGradient: {learned}; {self._spent()} beside {self.training_batches} training gradients, {ratio} the "
+            f"training steps' own time of {training:.1f} s"
             + (f"; {skipped} updates skipped, see history" if skipped else "")
         )
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    def _spent(self) -> str:
+        again = self._training_loss.evaluations if self._training_loss is not None else 0
+        return f"{self.gradients} validation gradients" + (f" and {again} further training gradients" if again else "")
+
+    def _load_trackers(self, state: dict[str, Any]) -> None:
+        estimator = self._settings.estimator
+        if state["estimator"] == type(estimator).__name__ and estimator.resumes:
+            for attachment, saved in zip(self._attachments, state["trackers"], strict=False):
+                attachment.tracker.load_state_dict(saved)
+        elif estimator.needs_every_step:
+            rank_zero_warn(
+                f"{type(estimator).__name__} looks back at steps that a checkpoint does not hold: the run continues, "
+                "but its hypergradients see only what comes after the checkpoint."
+            )
 
     def _learned(self, label: str, value: float) -> str:
         first, schedule = self.first_values.get(label, value), self._schedule.get(label)
@@ -183,14 +234,22 @@ class Run:
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         _check_disjoint(optimizers)
         settings = self._settings
+        tensors = {name: m.value for name, m in self._modules.items()}
         steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
         for i, optimizer in enumerate(optimizers):
-            hyperparameters = resolve(optimizer, settings.hyperparameters)
-            self._attachments.append(
-                Attachment(
-                    i, optimizer, hyperparameters, settings.estimator, self._tuner, settings.every_n_steps, steps
-                )
+            names = settings.of_optimizers
+            implicit = isinstance(settings.estimator, Implicit)
+            hyperparameters = resolve(optimizer, names) if names or not (tensors or implicit) else ()
+            attachment = Attachment(
+                *(i, optimizer, hyperparameters, settings.estimator, tensors, self._tuner),
+                *(settings.every_n_steps, steps),
             )
+            self._attachments.append(attachment)
+            attachment.watch = self._tracking_watch
+            if attachment.tracker.needs_loss:
+                if self._training_loss is None:
+                    self._training_loss = TrainingLoss(self._trainer, self._trainer.lightning_module)
+                attachment.training_loss = self._training_loss
 
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:
         """Fail at the start of fit and not `every_n_steps` later."""
@@ -211,31 +270,59 @@ class Run:
         contractions = [a.tracker.contract(by_param) for a in due]
         for attachment in due:
             attachment.measured()
-        numbers = iter(self._to_host(loss, contractions))
-        value = next(numbers)
-        measurements = []
-        for attachment, contraction in zip(due, contractions, strict=True):
-            groups = len(contraction.gradient_norms)
-            norms = [next(numbers) for _ in range(groups)]
-            hypergradients, scales = {}, {}
-            for name in contraction.hypergradients:
-                hypergradients[name] = [next(numbers) for _ in range(groups)]
-                scales[name] = [next(numbers) * norm for norm in norms]
-            measurements += attachment.measurements(hypergradients, scales)
+        value, measurements = self._measured(loss, due, contractions)
         sign, labels = self._settings.sign, self._labels()
         self._schedule.update({labels[m.key]: (m.scheduled, m.value) for m in measurements})
+        values = {labels[m.key]: m.value for m in measurements}
+        hypergradients = {labels[m.key]: m.hypergradient for m in measurements}
+        tensors = []
+        for name, module in self._modules.items():
+            found = sum((c.hypergradients[name] for c in contractions), torch.zeros_like(module.value))
+            tensors.append(TensorMeasurement(name, module, sign * found))
+            values.update(_described(name, module.value, {"mean": _mean, "min": torch.min, "max": torch.max}))
+            hypergradients.update(_described(name, found, {"norm": torch.linalg.vector_norm}))
         outcome = self._tuner.update(
-            [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value
+            [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value, tensors
         )
         return Update(
             step=self.steps,
             val_loss=value,
-            values={labels[m.key]: m.value for m in measurements},
-            hypergradients={labels[m.key]: m.hypergradient for m in measurements},
+            values=values,
+            hypergradients=hypergradients,
             cosines={labels[key]: cosine for key, cosine in outcome.cosines.items()},
             signal_to_noise={labels[key]: snr for key, snr in outcome.signal_to_noise.items()},
             skipped=outcome.skipped,
+            status=self._status(contractions),
         )
+
+    def _measured(
+        self, loss: torch.Tensor, due: list[Attachment], contractions: list[Contraction]
+    ) -> tuple[float, list[Measurement]]:
+        """The validation loss, and what was measured of the optimizers' hyperparameters."""
+        numbers = iter(self._to_host(loss, contractions))
+        value = next(numbers)
+        measurements: list[Measurement] = []
+        for attachment, contraction in zip(due, contractions, strict=True):
+            groups = len(contraction.gradient_norms)
+            norms = [next(numbers) for _ in range(groups)]
+            hypergradients: dict[str, list[float]] = {}
+            scales: dict[str, list[float] | None] = {}
+            for name in (h.name for h in attachment.hyperparameters):
+                hypergradients[name] = [next(numbers) for _ in range(groups)]
+                known = name in contraction.tangent_norms
+                scales[name] = [next(numbers) * norm for norm in norms] if known else None
+            measurements += attachment.measurements(hypergradients, scales)
+        return value, measurements
+
+    def _status(self, contractions: list[Contraction]) -> str | None:
+        """What an estimator has to say about its numbers, also as a warning the first time."""
+        found = [c.status for c in contractions if c.status != "ok"]
+        for status in found:
+            kind = status[:30]
+            if kind not in self._warned:
+                self._warned.add(kind)
+                rank_zero_warn(f"HyperGradient at step {self.steps}: {status}.")
+        return "; ".join(found) or None
 
     def _to_host(self, loss: torch.Tensor, contractions: list[Contraction]) -> list[float]:
         """Every number of an update in one transfer, averaged over ranks."""
@@ -243,7 +330,11 @@ class Run:
         for contraction in contractions:
             columns.append(contraction.gradient_norms)
             for name, hypergradients in contraction.hypergradients.items():
-                columns += [hypergradients, contraction.tangent_norms[name]]
+                if name in self._modules:
+                    continue
+                columns.append(hypergradients)
+                if name in contraction.tangent_norms:
+                    columns.append(contraction.tangent_norms[name])
         wide = torch.float64 if any(c.dtype == torch.float64 for c in columns) else torch.float32
         packed = torch.cat([c.to(loss.device, wide) for c in columns])
         if self._trainer.world_size > 1:
@@ -267,6 +358,19 @@ class Run:
                         parts.append(names[at])
                     labels[key] = "/".join(parts)
         return labels
+
+
+def _described(
+    name: str, tensor: torch.Tensor, of_many: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> dict[str, float]:
+    """A single number as itself, several by numbers that describe them."""
+    if tensor.numel() == 1:
+        return {name: tensor.item()}
+    return {f"{name}/{kind}": float(describe(tensor)) for kind, describe in of_many.items()}
+
+
+def _mean(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mean()
 
 
 def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int, bool]:

@@ -11,16 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved
+from hypergrad import ConfigurationError, NotDifferentiableError, gradient, requiring_grad
 from hypergrad.callbacks._lightning import to_device
-
-# Reached from every LightningModule, and not its state.
-_OPAQUE = (pl.Trainer, pl.LightningDataModule, pl.Callback, Logger, torch.optim.Optimizer)
+from hypergrad.callbacks._quietly import quietly
 
 
 @dataclass(frozen=True)
@@ -96,21 +92,17 @@ class ValidationLoss:
 
     @contextmanager
     def _as_validation(self, params: Sequence[torch.Tensor]) -> Iterator[dict[str, Any]]:
-        trainer, module, logged = self.trainer, self.module, dict[str, Any]()
+        trainer, module = self.trainer, self.module
         with ExitStack() as stack:
-            stack.enter_context(preserved(module, opaque=_OPAQUE))
+            # First, for `preserved` leaves tensors that require a gradient where they are: hyperparameters in the loss,
+            # and parameters that manual optimization has toggled off.
+            stack.enter_context(requiring_grad(params))
+            logged = stack.enter_context(quietly(trainer, module))
             stack.callback(setattr, trainer.state, "stage", trainer.state.stage)
             trainer.validating = True
-            stack.callback(setattr, trainer, "loggers", trainer.loggers)
-            trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
-            for p in params:
-                if not p.requires_grad:  # toggled off by manual optimization
-                    stack.callback(p.requires_grad_, False)
-                    p.requires_grad_(True)
             if torch.cuda.is_available() and any(isinstance(m, torch.nn.RNNBase) for m in module.modules()):
                 # cuDNN's RNN kernels have a backward pass in train mode only.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            self._record_logs(stack, logged)
             if is_overridden("on_validation_model_eval", module):
                 module.on_validation_model_eval()
                 stack.callback(module.on_validation_model_train)
@@ -119,18 +111,6 @@ class ValidationLoss:
             if is_overridden("on_validation_epoch_start", module):  # where many modules make their lists
                 module.on_validation_epoch_start()
             yield logged
-
-    def _record_logs(self, stack: ExitStack, logged: dict[str, Any]) -> None:
-        """`self.log` writes into `logged`, and nowhere else; a module's own `log` still runs, down to Lightning's."""
-
-        def record(name: str, value: Any, *_: Any, **__: Any) -> None:
-            logged[name] = value
-
-        if type(self.module).log is pl.LightningModule.log:
-            self.module.__dict__["log"] = record  # `preserved` takes it out again
-            return
-        stack.callback(setattr, pl.LightningModule, "log", pl.LightningModule.log)
-        pl.LightningModule.log = lambda _, *args, **kwargs: record(*args, **kwargs)  # type: ignore[method-assign]
 
     def _loss(self, logged: dict[str, Any], output: Any) -> torch.Tensor:
         """The monitored value; what was returned stands in for it only where that is certain to be the same."""
@@ -176,34 +156,6 @@ class ValidationLoss:
             f"{name}.validation_step log the loss tensor itself, self.log({self.monitor!r}, loss), or monitor the key "
             "under which it is logged; accuracies, metric objects and Python numbers can stand beside it."
         )
-
-
-class _SilentLogger(DummyLogger):
-    """Takes what a module logs by hand and keeps it to itself; its name and folders are those of the real logger."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self._logger = logger
-
-    @property
-    def name(self) -> Any:
-        return self._logger.name
-
-    @property
-    def version(self) -> Any:
-        return self._logger.version
-
-    @property
-    def log_dir(self) -> Any:
-        return self._logger.log_dir
-
-    @property
-    def save_dir(self) -> Any:
-        return self._logger.save_dir
-
-    @property
-    def root_dir(self) -> Any:
-        return self._logger.root_dir
 
 
 @lru_cache(maxsize=8)  # inspecting a signature costs more than a small network's forward pass

@@ -6,16 +6,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import Dataset
 
-from hypergrad import Cautious, ConfigurationError, Controller, Descent, Estimator, Online, OptimizerHyperparameter
+from hypergrad import (
+    Cautious,
+    ConfigurationError,
+    Controller,
+    Descent,
+    Estimator,
+    Hyperparameter,
+    Online,
+    OptimizerHyperparameter,
+)
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._run import Run, Settings
 
-Name = str | OptimizerHyperparameter
+Name = str | OptimizerHyperparameter | Hyperparameter
 
 
 class HyperGradient(pl.Callback):
@@ -37,8 +47,12 @@ class HyperGradient(pl.Callback):
 
     Args:
         hyperparameters: names in the optimizer's param groups, `"lr"`, `"weight_decay"`, `"momentum"`,
-            `"betas[0]"`, …, or `OptimizerHyperparameter` for a domain of your own. Each param group learns its own.
-        estimator: how the hypergradient is computed, one that looks one step ahead. Default: `Online()`.
+            `"betas[0]"`, …, or `OptimizerHyperparameter` for a domain of your own; each param group learns its own.
+            `Hyperparameter` modules of the LightningModule, for what is in its loss. None: learning rate and weight
+            decay, and every `Hyperparameter` that the module has.
+        estimator: how the hypergradient is computed. Default: `Online()`, one step ahead. `Forward()`, `Unrolled()`,
+            `Implicit()`, and `Online()` with hyperparameters in the loss, evaluate training losses again; that is
+            possible with one optimizer, automatic optimization and no gradient clipping, on one device.
         monitor: the key under which `validation_step` logs the loss. Where it logs none, what it returns is taken.
         mode: `"min"` if a smaller monitored value is better, `"max"` if a larger one is.
         val_dataloaders: the hyper-validation data, one loader. None takes the Trainer's validation data, and says
@@ -56,7 +70,7 @@ class HyperGradient(pl.Callback):
 
     def __init__(
         self,
-        hyperparameters: Name | Sequence[Name] = ("lr", "weight_decay"),
+        hyperparameters: Name | Sequence[Name] | None = None,
         *,
         estimator: Estimator | None = None,
         monitor: str = "val_loss",
@@ -77,19 +91,13 @@ class HyperGradient(pl.Callback):
         for name, value, kind in (("estimator", estimator, Estimator), ("controller", controller, Controller)):
             if value is not None and not isinstance(value, kind):
                 raise ConfigurationError(f"`{name}` must be an instance of {kind.__name__}, but got {value!r}.")
-        if estimator is not None and estimator.needs_every_step:
-            raise ConfigurationError(
-                f"HyperGradient follows one step at a time, and {estimator!r} every one of a run: use Online() here, "
-                "or the function hypergrad.hypergradient without a Trainer."
-            )
-        if not isinstance(hyperparameters, (str, OptimizerHyperparameter, Sequence)):
+        single = isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter))
+        if not (hyperparameters is None or single or isinstance(hyperparameters, Sequence)):
             raise ConfigurationError(f"`hyperparameters` must be a sequence of names, but got {hyperparameters!r}.")
         if val_dataloaders is not None:
             _check_loader(val_dataloaders)
         self._settings = Settings(
-            hyperparameters=tuple(hyperparameters)
-            if isinstance(hyperparameters, Sequence) and not isinstance(hyperparameters, str)
-            else (hyperparameters,),
+            hyperparameters=_as_tuple(hyperparameters),
             estimator=estimator if estimator is not None else Online(),
             monitor=monitor,
             mode=mode,
@@ -107,9 +115,15 @@ class HyperGradient(pl.Callback):
         """The value that the next step uses, by name and param group; after the fit, the last values.
 
         Keys are `"lr"` with one param group, `"lr/<the group's name, or group_i>"` with several, and
-        `"lr/optimizer_i/…"` with several optimizers. Empty before the first fit.
+        `"lr/optimizer_i/…"` with several optimizers. A hyperparameter in the loss with several elements is described
+        by `"name/mean"`, `"name/min"` and `"name/max"`; see `tensors`. Empty before the first fit.
         """
         return self._run.values if self._run is not None else {}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The value of each hyperparameter in the loss, by its path in the module. Empty before the first fit."""
+        return self._run.tensors if self._run is not None else {}
 
     @property
     def history(self) -> list[Update]:
@@ -190,6 +204,14 @@ class HyperGradient(pl.Callback):
         rates = [label for label in update.values if label.partition("/")[0] == "lr"]
         if rates and trainer.progress_bar_callback is not None:
             module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+
+
+def _as_tuple(hyperparameters: Name | Sequence[Name] | None) -> tuple[Name, ...] | None:
+    if hyperparameters is None:
+        return None
+    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter)):
+        return (hyperparameters,)
+    return tuple(hyperparameters)
 
 
 def _check_loader(loader: Any) -> None:

@@ -3,7 +3,7 @@
 `hypergrad.callbacks` holds the Lightning callback; this package is the mathematics and needs torch only.
 """
 
-from hypergrad.autodiff import gradient
+from hypergrad.autodiff import gradient, requiring_grad
 from hypergrad.checking import CheckedHyperparameter, CheckResult, check
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.cautious import Cautious
@@ -27,7 +27,7 @@ from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
-from hypergrad.rng import generators_of, preserved_rng
+from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
@@ -63,6 +63,7 @@ __all__ = [
     "OptimizerHyperparameter",
     "Outcome",
     "Reading",
+    "RngState",
     "Softplus",
     "Solution",
     "Solver",
@@ -79,6 +80,7 @@ __all__ = [
     "loss_hyperparameters",
     "preserved",
     "preserved_rng",
+    "requiring_grad",
     "resolve",
     "split",
 ]
