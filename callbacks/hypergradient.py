@@ -21,6 +21,7 @@ from hypergrad import (
     Hyperparameter,
     Online,
     OptimizerHyperparameter,
+    Schedule,
 )
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._run import Run, Settings
@@ -94,6 +95,12 @@ class HyperGradient(pl.Callback):
         single = isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter))
         if not (hyperparameters is None or single or isinstance(hyperparameters, Sequence)):
             raise ConfigurationError(f"`hyperparameters` must be a sequence of names, but got {hyperparameters!r}.")
+        for h in _as_tuple(hyperparameters) or ():
+            if isinstance(h, Schedule):
+                raise ConfigurationError(
+                    f"{h!r} is learned over repeated whole runs, with the function hypergrad.hypergradient and without "
+                    "a Trainer: see examples/learn_schedule.py. Within one run name 'lr', which multiplies a schedule."
+                )
         if val_dataloaders is not None:
             _check_loader(val_dataloaders)
         self._settings = Settings(

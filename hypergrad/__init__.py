@@ -28,6 +28,7 @@ from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.rng import RngState, generators_of, preserved_rng
+from hypergrad.schedule import Schedule
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
@@ -64,6 +65,7 @@ __all__ = [
     "Outcome",
     "Reading",
     "RngState",
+    "Schedule",
     "Softplus",
     "Solution",
     "Solver",

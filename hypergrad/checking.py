@@ -10,7 +10,7 @@ from typing import Generic, Literal
 import torch
 
 from hypergrad.errors import ConfigurationError
-from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.base import Estimator, without_schedules
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.online import Online
@@ -110,7 +110,8 @@ def check(
         )
     found = hypergradient(model, optimizer, train_losses, val_loss, hyperparameters, estimator)
     first = _first_step(estimator or Online(), len(train_losses))
-    own, modules = split_names(optimizer, model, hyperparameters)
+    named, modules = split_names(optimizer, model, hyperparameters)
+    own = without_schedules(named, "check")
     groups = len(optimizer.param_groups)
     spots: list[tuple[str, int, OptimizerHyperparameter | Hyperparameter, int]] = []
     for h in own:

@@ -17,11 +17,12 @@ from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.rng import RngState, preserved_rng
+from hypergrad.schedule import Schedule
 from hypergrad.torch_internals import raw_step
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 Loss = Callable[[ModelT], torch.Tensor]
-Name = str | OptimizerHyperparameter | Hyperparameter
+Name = str | OptimizerHyperparameter | Schedule | Hyperparameter
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class HypergradientResult(Generic[ModelT]):
     """What `hypergradient` found.
 
     Of an optimizer's hyperparameter, shapes are `()` with one param group and `(groups,)` with several; of a
-    `Hyperparameter` in the loss, those of its value.
+    `Schedule` `(knots,)`; of a `Hyperparameter` in the loss, those of its value.
 
     Args:
         grads: d(validation loss)/d(value) by hyperparameter name, in natural units (per unit of lr, not of log lr).
@@ -68,8 +69,8 @@ def hypergradient(
         optimizer: an optimizer over parameters of the model, at any point of its run.
         train_losses: callables `model -> scalar tensor`, one inner optimizer step each, in order.
         val_loss: a callable `model -> scalar tensor`.
-        hyperparameters: names such as `"lr"` or `"betas[0]"`, and `Hyperparameter` modules of the model, which go by
-            their path in it.
+        hyperparameters: names such as `"lr"` or `"betas[0]"`, a `Schedule` in place of a name, and `Hyperparameter`
+            modules of the model, which go by their path in it.
         estimator: how to differentiate. Default: `Online()`, which differentiates the last step and holds the
             earlier ones constant; `Forward()` and `Unrolled()` differentiate them all, `Implicit()` the minimum.
 
@@ -96,7 +97,10 @@ def hypergradient(
         # The values as they stand in the model now: inside this block its buffers are copies.
         tracker = chosen.track(optimizer, own, {name: module.value for name, module in modules.items()})
         replays = _Replays(model)
-        for loss in train_losses:
+        for step, loss in enumerate(train_losses):
+            for schedule in own:
+                if isinstance(schedule, Schedule):
+                    schedule.write(optimizer, step)
             optimizer.zero_grad(set_to_none=True)
             again = replays.of(loss) if tracker.needs_loss else None
             torch.autograd.backward(_scalar(loss(model), "train_losses"))
@@ -113,11 +117,12 @@ def hypergradient(
             gradients = gradient(value, tracker.params, model)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
     found = contraction.hypergradients
+    scalars = {h.name for h in own if isinstance(h, OptimizerHyperparameter)}
     return HypergradientResult(
-        grads={name: h if name in modules else _squeezed(h) for name, h in found.items()},
+        grads={name: _squeezed(h) if name in scalars else h for name, h in found.items()},
         value=value.detach(),
         cosines={
-            name: cosine if name in modules else _squeezed(cosine)
+            name: _squeezed(cosine) if name in scalars else cosine
             for name, norms in contraction.tangent_norms.items()
             for cosine in [_cosine(found[name], norms, contraction)]
         },
@@ -129,13 +134,17 @@ def hypergradient(
 
 def split_names(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, hyperparameters: Name | Sequence[Name]
-) -> tuple[tuple[OptimizerHyperparameter, ...], Mapping[str, Hyperparameter]]:
-    """The hyperparameters of the optimizer, and those in the loss by name."""
-    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter)):
+) -> tuple[tuple[OptimizerHyperparameter | Schedule, ...], Mapping[str, Hyperparameter]]:
+    """The hyperparameters of the optimizer and schedules of them, and those in the loss by name."""
+    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Schedule, Hyperparameter)):
         hyperparameters = (hyperparameters,)
     modules = loss_hyperparameters(model, [h for h in hyperparameters if isinstance(h, Hyperparameter)])
     rest = [h for h in hyperparameters if not isinstance(h, Hyperparameter)]
-    return resolve(optimizer, rest) if rest or not modules else (), modules
+    if not rest and modules:
+        return (), modules
+    resolved = resolve(optimizer, [h.hyperparameter if isinstance(h, Schedule) else h for h in rest])
+    curves = {h.name: h for h in rest if isinstance(h, Schedule)}
+    return tuple(curves.get(h.name, h) for h in resolved), modules
 
 
 class _Replays(Generic[ModelT]):

@@ -12,16 +12,20 @@ import torch
 from hypergrad.curvature import Evaluation
 from hypergrad.errors import HyperparameterError
 from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.schedule import Schedule
 
 # The values of hyperparameters in the loss, by name.
 Tensors = Mapping[str, torch.Tensor]
+# One value per param group, or one curve over the steps for all of them.
+Learned = OptimizerHyperparameter | Schedule
 
 
 @dataclass(frozen=True)
 class Contraction:
     """Validation gradient times d(parameters)/d(hyperparameter), per hyperparameter.
 
-    For a hyperparameter of the optimizer all tensors have shape `(groups,)`, for one in the loss that of its value.
+    For a hyperparameter of the optimizer all tensors have shape `(groups,)`, for a `Schedule` of one `(knots,)`, for
+    one in the loss that of its value.
     They stay on the parameters' device and are float32 or wider. A group that the steps did not move has zeros.
 
     Args:
@@ -98,7 +102,7 @@ class Estimator(ABC):
     def track(
         self,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors | None = None,
     ) -> Tracker:
         """Start to follow an optimizer.
@@ -112,6 +116,25 @@ class Estimator(ABC):
             HyperparameterError: for a hyperparameter on which the optimizer's step does not depend, or that this
                 estimator cannot serve.
         """
+
+
+def without_schedules(hyperparameters: Sequence[Learned], estimator: str) -> list[OptimizerHyperparameter]:
+    """All of them, for an estimator that cannot serve schedules.
+
+    Raises:
+        HyperparameterError: if there is one.
+    """
+    for h in hyperparameters:
+        if isinstance(h, Schedule):
+            raise HyperparameterError(
+                f"{estimator} cannot serve {h!r}: what a knot does shows over a whole run. Use Forward() or Unrolled()."
+            )
+    return [h for h in hyperparameters if isinstance(h, OptimizerHyperparameter)]
+
+
+def plain(hyperparameter: Learned) -> OptimizerHyperparameter:
+    """The hyperparameter itself, or the one that a schedule is of."""
+    return hyperparameter.hyperparameter if isinstance(hyperparameter, Schedule) else hyperparameter
 
 
 class Pace:

@@ -10,11 +10,23 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
-from hypergrad.estimators.base import Contraction, Estimator, Pace, Tensors, Tracker, check_used, norm, wide
+from hypergrad.estimators.base import (
+    Contraction,
+    Estimator,
+    Learned,
+    Pace,
+    Tensors,
+    Tracker,
+    check_used,
+    norm,
+    plain,
+    wide,
+)
 from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.packets import stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step
 from hypergrad.optimizer.verify import verify
+from hypergrad.schedule import Schedule
 
 # One direction per number: beyond this many, going backwards is cheaper by far.
 _MOST_DIRECTIONS = 256
@@ -63,7 +75,7 @@ class Forward(Estimator):
     def track(
         self,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors | None = None,
     ) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its steps are differentiated correctly."""
@@ -80,12 +92,13 @@ class Forward(Estimator):
                 "use Unrolled() or Implicit(), whose cost does not depend on it."
             )
         check_optimizer(optimizer)
-        verify(optimizer, hyperparameters, carried=self.decay > 0.0)
+        verify(optimizer, [plain(h) for h in hyperparameters], carried=self.decay > 0.0)
         return _ForwardTracker(self, optimizer, hyperparameters, tensors)
 
 
-# What a direction is along: a hyperparameter of a param group, or an element of a tensor in the loss.
-_Key = tuple[int, OptimizerHyperparameter] | tuple[int, str]
+# What a direction is along: a hyperparameter of a param group, a knot of a schedule, or an element of a tensor in the
+# loss.
+_Key = tuple[int, OptimizerHyperparameter | Schedule | str]
 
 
 class _ForwardTracker(Tracker):
@@ -93,7 +106,7 @@ class _ForwardTracker(Tracker):
         self,
         estimator: Forward,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors,
     ) -> None:
         self._estimator = estimator
@@ -104,6 +117,7 @@ class _ForwardTracker(Tracker):
         self._tangents: dict[_Key, StateVector] = {}
         self._paces: dict[_Key, Pace] = {}
         self._moved: list[torch.Tensor] = []  # by any tracked step
+        self._steps = 0
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -130,6 +144,7 @@ class _ForwardTracker(Tracker):
                 {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
                 {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
             )
+        self._steps += 1
 
     @torch.no_grad()
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
@@ -150,7 +165,7 @@ class _ForwardTracker(Tracker):
         hypergradients: dict[str, torch.Tensor] = {}
         tangent_norms: dict[str, torch.Tensor] = {}
         for h in self._hyperparameters:
-            rows = [pairs[i, h] for i in range(groups)]
+            rows = [pairs[i, h] for i in range(len(h.knots) if isinstance(h, Schedule) else groups)]
             hypergradients[h.name], tangent_norms[h.name] = (torch.stack(column) for column in zip(*rows, strict=True))
         for name, tensor in self._tensors.items():
             rows = [pairs[i, name] for i in range(tensor.numel())]
@@ -165,6 +180,7 @@ class _ForwardTracker(Tracker):
         """The tangents, by parameter and hyperparameter."""
         index = {p: i for i, p in enumerate(self._all_params())}
         return {
+            "steps": self._steps,
             "moved": [index[p] for p in self._moved],
             "unused": sorted(self._unused),
             "tangents": {
@@ -180,6 +196,7 @@ class _ForwardTracker(Tracker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the tracker that returned `state`; tangents of hyperparameters that it did not have are 0."""
         params = self._all_params()
+        self._steps = state["steps"]
         self._moved = [params[i] for i in state["moved"]]
         self._unused = set(state["unused"]) & set(self._tensors)
         for key in self._keys(len(self._optimizer.param_groups)):
@@ -199,13 +216,21 @@ class _ForwardTracker(Tracker):
         index, what = key
         if isinstance(what, str):
             return {}
+        if isinstance(what, Schedule):
+            rate = what.rates(self._steps).get(index, 0.0)
+            return {(i, what.hyperparameter): rate for i in range(len(self._optimizer.param_groups)) if rate}
         rate, anew = self._paces.setdefault(key, Pace()).step(what, what.read(self._optimizer.param_groups[index]))
         if anew:
             self._tangents[key] = StateVector()
         return {(index, what): rate} if rate else {}
 
     def _keys(self, groups: int) -> list[_Key]:
-        ours: list[_Key] = [(i, h) for h in self._hyperparameters for i in range(groups)]
+        ours: list[_Key] = []
+        for h in self._hyperparameters:
+            if isinstance(h, Schedule):
+                ours += [(i, h) for i in range(len(h.knots))]
+            else:
+                ours += [(i, h) for i in range(groups)]
         return ours + [(i, name) for name, tensor in self._tensors.items() for i in range(tensor.numel())]
 
     def _fade(self) -> None:

@@ -12,8 +12,7 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
-from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker, check_used, norm, wide
-from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, check_used, norm, wide
 from hypergrad.optimizer.packets import stepped_params
 from hypergrad.solvers import CG, Solver
 
@@ -70,7 +69,7 @@ class Implicit(Estimator):
     def track(
         self,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors | None = None,
     ) -> Tracker:
         """Start to follow an optimizer, whose parameters are differentiated.

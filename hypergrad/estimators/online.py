@@ -9,7 +9,7 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import HypergradError
-from hypergrad.estimators.base import Contraction, Estimator, Tensors, Tracker
+from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, without_schedules
 from hypergrad.estimators.unrolled import Unrolled, UnrolledTracker
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
 from hypergrad.optimizer.packets import stepped_params
@@ -48,7 +48,7 @@ class Online(Estimator):
     def track(
         self,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors | None = None,
     ) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its step is differentiated correctly.
@@ -56,6 +56,7 @@ class Online(Estimator):
         Closed forms are not checked: they hold for exact classes of torch.optim, and the tests prove them.
         """
         check_optimizer(optimizer)
+        hyperparameters = without_schedules(hyperparameters, "Online")
         verify(optimizer, [h for h in hyperparameters if not (self.closed_forms and is_known(optimizer, h.name))])
         own = _OnlineTracker(optimizer, hyperparameters, self.closed_forms)
         if not tensors:

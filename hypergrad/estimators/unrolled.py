@@ -10,10 +10,22 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError
-from hypergrad.estimators.base import Contraction, Estimator, Pace, Tensors, Tracker, check_used, norm, wide
+from hypergrad.estimators.base import (
+    Contraction,
+    Estimator,
+    Learned,
+    Pace,
+    Tensors,
+    Tracker,
+    check_used,
+    norm,
+    plain,
+    wide,
+)
 from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.step import RecordedStep, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
+from hypergrad.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,12 @@ class Unrolled(Estimator):
     def track(
         self,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors | None = None,
     ) -> Tracker:
         """Start to follow an optimizer; checks on a small problem that its steps are differentiated correctly."""
         check_optimizer(optimizer)
-        verify(optimizer, hyperparameters, carried=self.steps != 1, backwards=True)
+        verify(optimizer, [plain(h) for h in hyperparameters], carried=self.steps != 1, backwards=True)
         return UnrolledTracker(self, optimizer, hyperparameters, tensors or {})
 
 
@@ -77,7 +89,7 @@ class UnrolledTracker(Tracker):
         self,
         estimator: Unrolled,
         optimizer: torch.optim.Optimizer,
-        hyperparameters: Sequence[OptimizerHyperparameter],
+        hyperparameters: Sequence[Learned],
         tensors: Tensors,
     ) -> None:
         self._estimator = estimator
@@ -85,6 +97,7 @@ class UnrolledTracker(Tracker):
         self._hyperparameters = hyperparameters
         self._tensors = tensors
         self._steps: deque[_Step] = deque(maxlen=estimator.steps)
+        self._count = 0
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -99,8 +112,10 @@ class UnrolledTracker(Tracker):
         if loss is None and self.needs_loss:
             raise HypergradError("Unrolled needs the training loss of each step: call before_step(loss).")
         groups = self._optimizer.param_groups
-        values = {(i, h): h.read(group) for h in self._hyperparameters for i, group in enumerate(groups)}
-        self._steps.append(_Step(RecordedStep(self._optimizer), loss, values))
+        own = [plain(h) for h in self._hyperparameters]
+        values = {(i, h): h.read(group) for h in own for i, group in enumerate(groups)}
+        self._steps.append(_Step(RecordedStep(self._optimizer), loss, values, self._count))
+        self._count += 1
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._steps:
@@ -108,16 +123,22 @@ class UnrolledTracker(Tracker):
         params, groups = self._moved(), len(self._optimizer.param_groups)
         dtype = wide(list(gradients.values()))
         device = params[0].device if params else torch.device("cpu")
-        coordinates = [(i, h) for h in self._hyperparameters for i in range(groups)]
-        totals = {c: torch.zeros((), dtype=dtype, device=device) for c in coordinates}
+        coordinates = [(i, plain(h)) for h in self._hyperparameters for i in range(groups)]
+        sizes = {h.name: len(h.knots) if isinstance(h, Schedule) else groups for h in self._hyperparameters}
+        totals = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
         direct = {name: gradients[t].to(dtype) for name, t in self._tensors.items()}
         used: set[str] = set()
         adjoint = StateVector({p: gradients[p].detach() for p in params})
         rates = {c: _rates(c[1], [step.values[c] for step in self._steps]) for c in coordinates}
         for at, (step, loss) in reversed([(i, (s.record, s.loss)) for i, s in enumerate(self._steps)]):
             back = step.pull_back(adjoint, coordinates)
-            for coordinate, number in back.hyperparameters.items():
-                totals[coordinate] += rates[coordinate][at] * number.to(totals[coordinate])
+            for h in self._hyperparameters:
+                numbers = [back.hyperparameters[i, plain(h)].to(device, dtype) for i in range(groups)]
+                if isinstance(h, Schedule):
+                    for knot, rate in h.rates(self._steps[at].index).items():
+                        totals[h.name][knot] += rate * torch.stack(numbers).sum()
+                else:
+                    totals[h.name] += torch.stack([rates[i, h][at] * n for i, n in enumerate(numbers)])
             moved = set(step.moved)
             # A parameter without a gradient stayed where it was, and so did its state.
             before = {p: t for p, t in adjoint.params.items() if p not in moved} | back.before.params
@@ -137,8 +158,7 @@ class UnrolledTracker(Tracker):
         for name in self._tensors:
             check_used(name, name in used)
         whole = norm([gradients[p] for p in params], dtype).to(device)
-        found = {h.name: torch.stack([totals[i, h] for i in range(groups)]) for h in self._hyperparameters}
-        return Contraction({**found, **direct}, {}, whole.expand(groups))
+        return Contraction({**totals, **direct}, {}, whole.expand(groups))
 
     def _through_gradient(
         self,
@@ -167,6 +187,7 @@ class _Step:
     record: RecordedStep
     loss: Evaluation | None
     values: dict[tuple[int, OptimizerHyperparameter], float]
+    index: int
 
 
 def _rates(hyperparameter: OptimizerHyperparameter, values: Sequence[float]) -> list[float]:

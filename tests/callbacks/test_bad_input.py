@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hypergrad import (
     ConfigurationError,
-    Forward,
     HypergradError,
     HyperparameterError,
     NotDifferentiableError,
+    Schedule,
     UnsupportedOptimizerError,
 )
 from hypergrad.callbacks import HyperGradient
@@ -34,8 +34,8 @@ def test_mode_and_loaders() -> None:
         HyperGradient(mode="minimum")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="one DataLoader, but got a list"):
         HyperGradient(val_dataloaders=[data()])
-    with pytest.raises(ConfigurationError, match=r"use Online\(\) here"):
-        HyperGradient(estimator=Forward())
+    with pytest.raises(ConfigurationError, match=r"hypergrad\.hypergradient"):
+        HyperGradient([Schedule("lr", {0: 0.1, 10: 0.01})])  # type: ignore[list-item]
 
 
 class Two(Net):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hypergrad import (
     FiniteDifference,
     Forward,
     Online,
-    OptimizerHyperparameter,
     Tracker,
     check,
 )
@@ -42,7 +42,7 @@ def test_confirms_the_estimators(estimator: Estimator | None, groups: int, doubl
 class _Wrong(Estimator):
     """Off by a constant factor."""
 
-    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[OptimizerHyperparameter]) -> Tracker:
+    def track(self, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[Any], tensors: Any = None) -> Tracker:
         inner = Online().track(optimizer, hyperparameters)
 
         class Doubled(Tracker):
