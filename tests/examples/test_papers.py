@@ -37,3 +37,20 @@ def test_greedy_learning_rates_collapse_and_the_full_horizon_finds_the_best_cons
     assert "runs/short_horizon_bias" in said
     assert list(root.glob("horizon 1/events.*"))
     assert (root / "curves.png").is_file() == (find_spec("matplotlib") is not None)
+
+
+def test_a_penalty_per_weight_overfits_the_validation_set(tmp_path: Path) -> None:
+    """Lorraine et al. 2020."""
+    rows, said = _table("overfit_validation.py", tmp_path)
+    (count,) = re.findall(r"of ([\d,]+) hyperparameters", said)
+    assert int(count.replace(",", "")) >= 100_000
+    before, after = rows["equal penalties"], rows["learned penalties"]
+    val_loss, val_accuracy, test_loss, test_accuracy = after
+    assert before[1] < 90.0
+    assert val_accuracy == 100.0
+    assert val_loss < 0.2 * before[0]
+    # The validation set promises what the test set does not keep.
+    assert test_loss > 0.5 * before[2] > val_loss
+    assert test_accuracy < 92.0
+    (price,) = re.findall(r"time of (\d+) training gradients", said)
+    assert 10 < int(price) < 200
