@@ -54,3 +54,15 @@ def test_a_penalty_per_weight_overfits_the_validation_set(tmp_path: Path) -> Non
     assert test_accuracy < 92.0
     (price,) = re.findall(r"time of (\d+) training gradients", said)
     assert 10 < int(price) < 200
+
+
+def test_learned_weights_find_wrong_labels(tmp_path: Path) -> None:
+    """Franceschi et al. 2017; Shu et al. 2019."""
+    rows, _ = _table("clean_labels.py", tmp_path)
+    mean = {label: numbers[0] for label, numbers in rows.items()}
+    # Chance is 40% precision, whatever the recall.
+    assert mean["recall: flipped labels found"] > 80.0
+    assert mean["precision: found labels flipped"] > 80.0
+    accuracy = {label.removeprefix("test accuracy, "): mean[label] for label in mean if label.startswith("test")}
+    assert accuracy["learned weights"] > accuracy["100 clean only"] + 1.0
+    assert accuracy["all labels clean"] > accuracy["learned weights"]
