@@ -21,6 +21,8 @@ _ADDCMUL = {torch.Tensor.addcmul, torch.Tensor.addcmul_, torch.addcmul}
 _ADDCDIV = {torch.Tensor.addcdiv, torch.Tensor.addcdiv_, torch.addcdiv}
 _IN_PLACE = {torch.Tensor.sqrt_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.addcmul_, torch.Tensor.addcdiv_}
 _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_TIMES = {torch.Tensor.mul: False, torch.mul: False, torch.Tensor.mul_: True}
+_OVER = {torch.Tensor.div: False, torch.div: False, torch.Tensor.div_: True}
 _SQRT = {torch.Tensor.sqrt, torch.sqrt, torch.Tensor.sqrt_}
 _SET_GRAD_ENABLED = grad_mode_switch()
 _TO_NUMBER = {torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.numpy}
@@ -122,6 +124,10 @@ class DifferentiableMode(TorchFunctionMode):
             )
         if func in _SQRT and carries(args[0]):
             return _sqrt(func, args[0])
+        if (func in _TIMES or func in _OVER) and len(args) == 2 and type(args[1]) in (int, float) and not kwargs:
+            direction = tangent(args[0])
+            if direction is not None:
+                return _multiplied(func, args[0], direction, args[1])
         scale = kwargs.get("alpha", kwargs.get("value"))
         if isinstance(scale, torch.Tensor):
             return _scaled(func, args, scale)
@@ -132,6 +138,14 @@ def _sqrt(func: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     zero = x == 0.0
     result = torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
     return x.copy_(result) if func in _IN_PLACE else result
+
+
+def _multiplied(func: Callable[..., Any], x: torch.Tensor, direction: torch.Tensor, number: float) -> torch.Tensor:
+    # By hand: torch gives the number a tangent of zeros, and finds out in Python what becomes of that.
+    times = func in _TIMES
+    primal = fwAD.unpack_dual(x).primal  # type: ignore[no-untyped-call]
+    result = dual(primal * number, direction * number) if times else dual(primal / number, direction / number)
+    return x.copy_(result) if (_TIMES if times else _OVER)[func] else result
 
 
 def _scaled(func: Callable[..., Any], args: tuple[Any, ...], scale: torch.Tensor) -> torch.Tensor:

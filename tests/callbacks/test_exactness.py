@@ -122,7 +122,7 @@ def test_every_way_to_call_step(form: str, lr: float, double: None) -> None:
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         attachment = (
-            Attachment(0, optimizer, resolve(optimizer, ["lr"]), Online(), Tuner(Hold()), 3) if attach else None
+            Attachment(0, optimizer, resolve(optimizer, ["lr"]), Online(), {}, Tuner(Hold()), 3) if attach else None
         )
         for i in range(3):
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))

@@ -320,7 +320,7 @@ def test_groups_of_the_same_name_are_told_apart_by_number(tmp_path: Path) -> Non
         ({"controller": "hold"}, "instance of Controller, but got 'hold'"),
         ({"controller": Hold}, "instance of Controller"),
         ({"estimator": "online"}, "instance of Estimator"),
-        ({"hyperparameters": None}, "sequence of names, but got None"),
+        ({"hyperparameters": 5}, "sequence of names, but got 5"),
         ({"monitor": None}, "`monitor` must be the key"),
         ({"seed": 1.5}, "`seed` must be an integer, but got 1.5"),
     ],
