@@ -59,7 +59,7 @@ def learn(schedule, rounds, data):
         sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         val_loss = lambda m: cross_entropy(m(validation[0]), validation[1])  # noqa: E731
         result = hypergradient(model, sgd, losses, val_loss, [schedule], Unrolled())
-        slope = result.grads["lr"] * schedule.values  # d(loss)/d(log lr) at each knot
+        slope = result.slopes["lr"]  # d(loss)/d(log lr) at each knot
         schedule = schedule.moved(-0.5 * (1 - i / rounds) * slope / slope.abs().max().clamp(min=1e-12))
         knots = "  ".join(f"{value:8.4f}" for value in schedule.values)
         print(f"{i:5} {result.value:12.4f}   {knots}   {result.status}", flush=True)

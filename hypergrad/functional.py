@@ -34,22 +34,27 @@ class HypergradientResult(Generic[ModelT]):
 
     Args:
         grads: d(validation loss)/d(value) by hyperparameter name, in natural units (per unit of lr, not of log lr).
+        slopes: the same per unit of each hyperparameter's coordinate (per unit of log lr): what a step in that
+            coordinate goes against, as in `module.move(-0.1 * slope / slope.abs().max())` and `Schedule.moved`.
         value: the validation loss after the inner steps, shape `()`.
         cosines: the cosine between the validation gradient and d(parameters)/d(value): in [-1, 1], free of scale.
             Near 0 the hyperparameter hardly matters for this loss, or the gradients are mostly noise. Only where the
             estimator goes forwards.
         gradient_evaluations: losses evaluated with their gradient: one per inner step, those that the estimator needs
-            beside them, and one for the validation loss. Hessian-vector products of `Exact` come on top.
+            beside them, and one for the validation loss.
+        products: Hessian-vector products: of `Exact` about two gradients each on top, of `FiniteDifference` among them.
         status: `"ok"`, or what is wrong with the numbers and what to do about it.
         residual: of `Implicit`: the relative residual of its linear system.
     """
 
     grads: dict[str, torch.Tensor]
+    slopes: dict[str, torch.Tensor]
     value: torch.Tensor
     cosines: dict[str, torch.Tensor]
     gradient_evaluations: int
     status: str = "ok"
     residual: float | None = None
+    products: int = 0
 
 
 def hypergradient(
@@ -62,7 +67,9 @@ def hypergradient(
 ) -> HypergradientResult[ModelT]:
     """d(validation loss)/d(hyperparameters) after one optimizer step per training loss.
 
-    Model, optimizer and the global RNG streams are left exactly as they were found, also when a loss raises.
+    Model, optimizer and the global RNG streams are left exactly as they were found, also when a loss raises. So steps
+    that are taken afterwards draw the very noise that the training losses drew here: draw what should be new
+    beforehand, as batches usually are.
 
     Args:
         model: the model that the optimizer trains, in train or eval mode as the losses need it.
@@ -116,20 +123,40 @@ def hypergradient(
             value = _scalar(val_loss(model), "val_loss")
             gradients = gradient(value, tracker.params, model)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
-    found = contraction.hypergradients
-    scalars = {h.name for h in own if isinstance(h, OptimizerHyperparameter)}
+    found, scalars = contraction.hypergradients, {h.name for h in own if isinstance(h, OptimizerHyperparameter)}
+
+    def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return _squeezed(tensor) if name in scalars else tensor
+
+    units = _units(optimizer, own, modules)
     return HypergradientResult(
-        grads={name: _squeezed(h) if name in scalars else h for name, h in found.items()},
+        grads={name: shaped(name, h) for name, h in found.items()},
+        slopes={name: shaped(name, h * units[name].to(h)) for name, h in found.items()},
         value=value.detach(),
         cosines={
-            name: _squeezed(cosine) if name in scalars else cosine
+            name: shaped(name, _cosine(found[name], norms, contraction))
             for name, norms in contraction.tangent_norms.items()
-            for cosine in [_cosine(found[name], norms, contraction)]
         },
         gradient_evaluations=len(train_losses) + replays.calls + 1,
         status=_status(value, contraction, len(train_losses)),
         residual=contraction.residual,
+        products=contraction.products,
     )
+
+
+def _units(
+    optimizer: torch.optim.Optimizer,
+    own: Sequence[OptimizerHyperparameter | Schedule],
+    modules: Mapping[str, Hyperparameter],
+) -> dict[str, torch.Tensor]:
+    """d(value)/d(coordinate) of everything, in the shape of its hypergradient."""
+    units: dict[str, torch.Tensor] = {}
+    for h in own:
+        if isinstance(h, Schedule):
+            units[h.name] = h.hyperparameter.coordinate.slope(h.values)
+        else:
+            units[h.name] = torch.tensor([h.coordinate.slope(h.read(group)) for group in optimizer.param_groups])
+    return units | {name: module.coordinate.slope(module.value) for name, module in modules.items()}
 
 
 def split_names(

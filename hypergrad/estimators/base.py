@@ -36,6 +36,7 @@ class Contraction:
             group's hyperparameters act on.
         status: `"ok"`, or what was wrong and what to do about it.
         residual: of an implicit estimator: |(H + damping) x - g| / |g| of the linear system that it solved.
+        products: Hessian-vector products spent on it, since tracking began.
     """
 
     hypergradients: dict[str, torch.Tensor]
@@ -43,6 +44,7 @@ class Contraction:
     gradient_norms: torch.Tensor
     status: str = "ok"
     residual: float | None = None
+    products: int = 0
 
 
 class Tracker(ABC):

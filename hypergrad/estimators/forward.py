@@ -118,6 +118,7 @@ class _ForwardTracker(Tracker):
         self._paces: dict[_Key, Pace] = {}
         self._moved: list[torch.Tensor] = []  # by any tracked step
         self._steps = 0
+        self._products = 0
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -174,7 +175,7 @@ class _ForwardTracker(Tracker):
             tangent_norms[name] = norms
         # A group's hyperparameter acts, through the loss, on the parameters of all.
         whole = norm([gradients[p] for p in self._moved], dtype)
-        return Contraction(hypergradients, tangent_norms, whole.expand(groups))
+        return Contraction(hypergradients, tangent_norms, whole.expand(groups), products=self._products)
 
     def state_dict(self) -> dict[str, Any]:
         """The tangents, by parameter and hyperparameter."""
@@ -267,6 +268,7 @@ class _ForwardTracker(Tracker):
                 tangents = self._tangents[key].params
                 ones = [_one_hot(t, key[0]) if name == key[1] else None for name, t in self._tensors.items()]
                 rows = product([*(tangents.get(p) for p in involved), *ones])
+                self._products += 1
                 pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
                 result[key] = {p: t for p, t in pairs if t is not None}
                 if isinstance(key[1], str) and key[1] in self._unused and _acts(rows[: len(involved)]):

@@ -143,7 +143,9 @@ class _ImplicitTracker(Tracker):
             hypergradients[name] = gradients[tensor].to(dtype) - mixed / len(products)
         whole = norm([gradients[p] for p in params], dtype)
         groups = len(self._optimizer.param_groups)
-        return Contraction(hypergradients, {}, whole.expand(groups), solution.status, solution.residual)
+        # The last one is for the derivative by the hyperparameters.
+        spent = (solution.products + 1) * len(products)
+        return Contraction(hypergradients, {}, whole.expand(groups), solution.status, solution.residual, spent)
 
 
 def _flat(rows: Sequence[torch.Tensor | None], params: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -129,6 +129,7 @@ class UnrolledTracker(Tracker):
         direct = {name: gradients[t].to(dtype) for name, t in self._tensors.items()}
         used: set[str] = set()
         adjoint = StateVector({p: gradients[p].detach() for p in params})
+        products = 0
         rates = {c: _rates(c[1], [step.values[c] for step in self._steps]) for c in coordinates}
         for at, (step, loss) in reversed([(i, (s.record, s.loss)) for i, s in enumerate(self._steps)]):
             back = step.pull_back(adjoint, coordinates)
@@ -145,6 +146,7 @@ class UnrolledTracker(Tracker):
             state = {p: t for p, t in adjoint.state.items() if p not in moved} | back.before.state
             if loss is not None and (at > 0 or self._tensors):
                 rows = self._through_gradient(step, loss, params, back.grads)
+                products += 1
                 for p in params:
                     row = rows.pop(p, None)
                     if row is not None:
@@ -158,7 +160,7 @@ class UnrolledTracker(Tracker):
         for name in self._tensors:
             check_used(name, name in used)
         whole = norm([gradients[p] for p in params], dtype).to(device)
-        return Contraction({**totals, **direct}, {}, whole.expand(groups))
+        return Contraction({**totals, **direct}, {}, whole.expand(groups), products=products)
 
     def _through_gradient(
         self,

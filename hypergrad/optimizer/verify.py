@@ -21,6 +21,7 @@ from hypergrad.optimizer.step import Direction, RecordedStep, StateVector, diffe
 from hypergrad.rng import preserved_rng
 from hypergrad.torch_internals import raw_step
 
+_VERIFIED: set[object] = set()
 _WARM_UP = 8  # RAdam's rectified branch starts at step 6 with its default betas
 _TOLERANCE = 1e-3  # a lost term shows as an error of order one
 
@@ -44,14 +45,21 @@ def verify(
     """
     if not hyperparameters and not backwards:
         return
+    # What torch's own classes do depends on the settings and on nothing else, so that once is enough.
+    seen = _VERIFIED if type(optimizer).__module__.startswith("torch.optim.") else set[object]()
     kinds: dict[str, ParamGroup] = {}
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}
         flags = {k: v for k, v in settings.items() if not isinstance(v, (float, torch.Tensor))}
         zeros = sorted(k for k, v in settings.items() if isinstance(v, float) and v == 0.0)
         kinds.setdefault(repr((flags, zeros)), group)
+    coupled = len(optimizer.param_groups) > 1
+    asked = (type(optimizer), tuple(h.name for h in hyperparameters), carried, backwards, coupled)
+    kinds = {kind: group for kind, group in kinds.items() if (*asked, kind) not in seen}
+    if not kinds:
+        return
     with preserved_rng(0), _untouched(optimizer):
-        for group in kinds.values():
+        for kind, group in kinds.items():
             problem = _Problem(optimizer, group)
             for hyperparameter in hyperparameters:
                 problem.check(hyperparameter)
@@ -59,6 +67,7 @@ def verify(
                     problem.check_carried(hyperparameter)
             if backwards:
                 problem.check_transpose(hyperparameters)
+            seen.add((*asked, kind))
 
 
 @contextmanager

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from hypergrad import (
+    CG,
     ConfigurationError,
+    Forward,
+    Hyperparameter,
     HyperparameterError,
+    Implicit,
     NotDifferentiableError,
+    Schedule,
+    Unrolled,
     UnsupportedOptimizerError,
     hypergradient,
 )
@@ -153,3 +159,36 @@ def test_no_training_loss_and_refused_optimizers() -> None:
         hypergradient(model, torch.optim.SGD(model.parameters(), lr=0.1), [], loss)
     with pytest.raises(UnsupportedOptimizerError, match="LBFGS"):
         hypergradient(model, torch.optim.LBFGS(model.parameters()), [loss], loss, ["lr"])
+
+
+def test_slopes_are_per_unit_of_the_coordinate() -> None:
+    model = Noisy()
+    model.fraction = Hyperparameter(torch.tensor([0.2, 0.9]), transform="logit")
+    loss = lambda m: _loss(m) * m.fraction().sum()
+    groups = [
+        {"params": [p], "lr": lr} for p, lr in zip(model.parameters(), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.5)
+    curve = Schedule("momentum", {0: 0.2, 2: 0.9})
+    result = hypergradient(model, optimizer, [loss] * 3, loss, ["lr", curve, model.fraction], Unrolled())
+    for name, unit in (
+        ("lr", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        ("momentum", [0.2 * 0.8, 0.9 * 0.1]),
+        ("fraction", [0.2 * 0.8, 0.9 * 0.1]),
+    ):
+        torch.testing.assert_close(result.slopes[name], result.grads[name] * torch.tensor(unit))
+
+
+def test_the_cost_is_told() -> None:
+    model = Noisy()
+    model.l2 = Hyperparameter(0.1)
+    loss = lambda m: _loss(m) + m.l2() * sum(p.square().sum() for p in m.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for names, estimator, products, evaluations in (
+        (["lr"], None, 0, 4),
+        (["lr", "weight_decay"], Forward(), 2 * 2, 4 + 2),  # the first step has no past
+        (["lr", "weight_decay", model.l2], Unrolled(), 3, 4 + 3),
+        ([model.l2], Implicit(CG(iterations=4, tolerance=0.0), damping=10.0), 4 + 1, 4 + 1),
+    ):
+        result = hypergradient(model, optimizer, [loss] * 3, loss, names, estimator)
+        assert (result.products, result.gradient_evaluations) == (products, evaluations)

@@ -89,3 +89,30 @@ def test_every_kind_of_param_group_is_checked() -> None:
     optimizer = torch.optim.SGD(groups, lr=0.1)
     with pytest.raises(Exception, match="momentum=0 does not depend"):
         verify(optimizer, resolve(optimizer, ["momentum"]))
+
+
+def test_torchs_own_classes_are_verified_once_per_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[str] = []
+    monkeypatch.setattr("hypergrad.optimizer.verify._VERIFIED", set())
+    original = verify.__globals__["_Problem"]
+    monkeypatch.setattr(
+        "hypergrad.optimizer.verify._Problem", lambda o, g: problems.append(type(o).__name__) or original(o, g)
+    )
+    p = torch.nn.Parameter(torch.ones(2, 2))
+
+    def asked(optimizer: torch.optim.Optimizer, *names: str, **how: bool) -> int:
+        before = len(problems)
+        verify(optimizer, resolve(optimizer, names), **how)
+        return len(problems) - before
+
+    assert asked(torch.optim.SGD([p], lr=0.1, momentum=0.9), "lr") == 1
+    assert asked(torch.optim.SGD([p], lr=0.2, momentum=0.8), "lr") == 0
+    assert asked(torch.optim.SGD([p], lr=0.1), "lr") == 1  # momentum 0 takes another branch
+    assert asked(torch.optim.SGD([p], lr=0.1, momentum=0.9, nesterov=True), "lr") == 1
+    assert asked(torch.optim.SGD([p], lr=0.1, momentum=0.9), "lr", "momentum") == 1
+    assert asked(torch.optim.SGD([p], lr=0.1, momentum=0.9), "lr", carried=True) == 1
+
+    class Mine(torch.optim.SGD):
+        """Somebody else's: what it does may depend on anything."""
+
+    assert [asked(Mine([p], lr=0.1), "lr") for _ in range(2)] == [1, 1]
