@@ -1,18 +1,16 @@
 """What a hypergradient costs: time per inner step over that of plain training, and memory against the horizon.
 
 For each model, optimizer and estimator, K plain steps and the hypergradient of the same K steps take turns; the figure
-is the median over rounds of the ratio within a round. Memory is the growth of the process over plain training at its
-peak, in copies of the parameters, each case in a process of its own.
-Run: `.venv/bin/python examples/benchmarks/estimators.py --rounds 3 --horizons 10 60` (about 9 minutes on 2 cores).
+is the median over rounds of the ratio within a round, with one thread. Memory is what tensors hold at the peak, beyond
+the peak of plain training, in copies of the parameters. Last comes implicit differentiation by a million penalties.
+Run: `.venv/bin/python examples/benchmarks/estimators.py --rounds 3 --horizons 10 60` (about 10 minutes).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,9 +21,22 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hypergrad import Exact, FiniteDifference, Forward, Online, hypergradient
+from hypergrad import (
+    CG,
+    Exact,
+    FiniteDifference,
+    Forward,
+    Hyperparameter,
+    Implicit,
+    Neumann,
+    Nystrom,
+    Online,
+    Unrolled,
+    hypergradient,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
+from memory import peak
 from overhead import Transformer, convolutional, perceptron
 
 
@@ -62,6 +73,7 @@ ESTIMATORS = {
     "no curvature": Forward(curvature=None),
     "difference": Forward(curvature=FiniteDifference()),
     "exact": Forward(curvature=Exact()),
+    "unrolled": Unrolled(),
 }
 
 
@@ -97,24 +109,52 @@ def ratios(task: str, optimizer: str, estimator: str, steps: int, rounds: int) -
     return found
 
 
-def resident() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def copies(optimizer: str, estimator: str, steps: int) -> float:
     """Peak memory above plain training, in copies of the parameters of a large perceptron (36 MB)."""
     torch.manual_seed(0)
     model = perceptron(2900)
-    opt, x, y, peak = OPTIMIZERS[optimizer](model.parameters()), torch.randn(8, 64), torch.randint(0, 10, (8,)), [0.0]
+    opt, x, y = OPTIMIZERS[optimizer](model.parameters()), torch.randn(8, 64), torch.randint(0, 10, (8,))
+    loss = lambda m: cross_entropy(m(x), y)  # noqa: E731
+    plain(model, opt, loss, 2)  # with gradients and state of its own
+    before = peak(lambda: plain(model, opt, loss, steps))
+    most = peak(lambda: hypergradient(model, opt, [loss] * steps, loss, ["lr"], ESTIMATORS[estimator]))
+    return (most - before) / (4 * sum(p.numel() for p in model.parameters()))
 
-    def loss(m: nn.Module) -> torch.Tensor:
-        peak[0] = max(peak[0], resident())
-        return cross_entropy(m(x), y)
 
-    plain(model, opt, loss, 5)
-    before = peak[0]
-    hypergradient(model, opt, [loss] * steps, loss, ["lr"], ESTIMATORS[estimator])
-    return (peak[0] - before) / (4e-6 * sum(p.numel() for p in model.parameters()))
+class Penalized(nn.Module):
+    """A million weights, each with an L2 penalty of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 2000), nn.Tanh(), nn.Linear(2000, 430), nn.Tanh(), nn.Linear(430, 10))
+        self.l2 = nn.ModuleList([Hyperparameter(torch.full_like(p, 1e-4)) for p in self.net.parameters()])
+
+    def penalty(self) -> torch.Tensor:
+        pairs = zip(self.net.parameters(), self.l2, strict=True)
+        return torch.stack([(l2() * p.square()).sum() for p, l2 in pairs]).sum()
+
+
+def implicit(rounds: int) -> None:
+    """One update of all penalties, in training gradients and copies of the parameters."""
+    torch.manual_seed(0)
+    model, x, y = Penalized(), torch.randn(256, 64), torch.randint(0, 10, (256,))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    val_loss = lambda m: cross_entropy(m.net(x), y)  # noqa: E731
+    loss = lambda m: val_loss(m) + m.penalty()  # noqa: E731
+    numbers = sum(h.value.numel() for h in model.l2)
+    print(f"{f'{numbers:,} penalties':24}{'gradients':>20}{'copies':>12}{'products':>12}{'residual':>12}")
+    for solver in (Neumann(terms=20), CG(iterations=20), Nystrom(rank=10)):
+        call = lambda s=solver: hypergradient(  # noqa: E731
+            model, sgd, [loss], val_loss, list(model.l2), Implicit(s, damping=1.0)
+        )
+        result, found = call(), []
+        for _ in range(rounds):
+            base = seconds(lambda: plain(model, sgd, loss, 5)) / 5
+            found.append(seconds(call) / base)
+        memory = (peak(call) - peak(lambda: plain(model, sgd, loss, 1))) / (4 * numbers)
+        cell = f"{statistics.median(found):.1f} ({min(found):.1f}-{max(found):.1f})"
+        name = type(solver).__name__
+        print(f"{name:24}{cell:>20}{memory:12.1f}{result.products:12}{result.residual:12.2g}", flush=True)
 
 
 def main() -> None:
@@ -123,12 +163,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="inner steps K")
     parser.add_argument("--horizons", type=int, nargs="*", default=[10, 60], help="K of the memory figures")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
-    parser.add_argument("--memory", nargs=3, metavar=("OPTIMIZER", "ESTIMATOR", "K"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
-        optimizer, estimator, steps = arguments.memory
-        print(copies(optimizer, estimator, int(steps)))
-        return
+    torch.set_num_threads(1)
     print(
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; K = {arguments.steps}"
     )
@@ -144,11 +180,10 @@ def main() -> None:
         print(f"{'copies of parameters':24}" + "".join(f"{f'K = {k}':>12}" for k in arguments.horizons))
     for optimizer in OPTIMIZERS if arguments.horizons else ():
         for estimator in ESTIMATORS:
-            cells = []
-            for steps in arguments.horizons:
-                command = [sys.executable, __file__, "--memory", optimizer, estimator, str(steps)]
-                cells.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            cells = [copies(optimizer, estimator, steps) for steps in arguments.horizons]
             print(f"{f'{estimator}, {optimizer}':24}" + "".join(f"{cell:12.1f}" for cell in cells), flush=True)
+    if arguments.horizons:
+        implicit(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ an hour, three quarters of it for K = 100.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -33,7 +34,6 @@ import platform
 import statistics
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from hypergrad import Exact, FiniteDifference, Forward, hypergradient
+from hypergrad import Estimator, FiniteDifference, Forward, Unrolled, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parent))
 from estimators import OPTIMIZERS, TASKS, seconds
+from memory import peak
 
 BATCHES = 8
 TOLERANCE = 1e-2
@@ -107,12 +106,12 @@ def start(task: str, optimizer: str, steps: int, dtype: torch.dtype) -> Run:
     return Run(model, OPTIMIZERS[optimizer](model.parameters()), [train[k % BATCHES] for k in range(steps)], val)
 
 
-def forward(curvature: Exact | FiniteDifference) -> Method:
-    def ours(run: Run) -> float:
-        found = hypergradient(run.model, run.optimizer, run.train, run.val, ["lr"], Forward(curvature=curvature))
+def ours(estimator: Estimator) -> Method:
+    def method(run: Run) -> float:
+        found = hypergradient(run.model, run.optimizer, run.train, run.val, ["lr"], estimator)
         return found.grads["lr"].item()
 
-    return ours
+    return method
 
 
 def higher(run: Run) -> float:
@@ -209,7 +208,11 @@ def hypertorch(folder: str) -> Method:
 
 def methods(hypertorch_at: str | None) -> dict[str, Method]:
     """Ours, and the libraries that are there; prints a line for each that is not."""
-    found = {"Forward, exact": forward(Exact()), "Forward, difference": forward(FiniteDifference())}
+    found = {
+        "Forward, exact": ours(Forward()),
+        "Forward, difference": ours(Forward(curvature=FiniteDifference())),
+        "Unrolled, exact": ours(Unrolled()),
+    }
     for method, package in ((higher, "higher"), (torchopt, "torchopt"), (betty, "betty-ml")):
         if importlib.util.find_spec(method.__name__):
             found[f"{method.__name__} {importlib.metadata.version(package)}"] = method
@@ -266,42 +269,6 @@ def judge(
     return f"**{'nan' if math.isnan(error) else 'wrong'}** ({error:.1e}; in float64 {exact:.1e})", note, method
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that come into being under it, as long as they live; `peak` is the maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def freed(_: object) -> None:
-            self._now -= size
-            del self._storages[key]
-
-        if key not in self._storages:
-            self._storages[key] = weakref.ref(storage, freed)
-            self._now += size
-            self.peak = max(self.peak, self._now)
-
-
-def peak(method: Callable[[Run], object], run: Run) -> int:
-    """The most bytes of tensors that the method holds at a time."""
-    gc.collect()
-    with Held() as held:
-        method(run)
-    return held.peak
-
-
 def stopwatch(method: Callable[[Run], object], run: Run) -> float:
     gc.collect()
     return seconds(lambda: method(run))
@@ -313,7 +280,7 @@ def measure(make: Callable[[torch.dtype], Run], known: dict[str, Method], rounds
     judged = [judge(method, make, truth, doubt) for method in known.values()]
     working = [method for _, _, method in judged if method]
     timed = [Run.plain, *working]
-    memory = [peak(method, make(torch.float32)) for method in timed]
+    memory = [peak(functools.partial(method, make(torch.float32))) for method in timed]
     times = [[stopwatch(method, make(torch.float32)) for method in timed] for _ in range(rounds)]
     size = 4 * sum(p.numel() for p in make(torch.float32).model.parameters())
     figures = iter(

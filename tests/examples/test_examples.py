@@ -41,7 +41,7 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize("name", ["overhead.py", "quality.py", "estimators.py"])
 def test_benchmarks_run(name: str, tmp_path: Path) -> None:
     options = {
-        "overhead.py": ["--rounds", "1", "--steps", "5"],
+        "overhead.py": ["--rounds", "1", "--steps", "5", "--every", "5"],
         "estimators.py": ["--rounds", "1", "--steps", "2", "--task", "GRU", "--horizons"],
         "quality.py": ["--seeds", "1", "--epochs", "1", "--trials", "1"],
     }
