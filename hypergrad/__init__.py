@@ -27,6 +27,7 @@ from hypergrad.functional import HypergradientResult, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
+from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
@@ -82,6 +83,7 @@ __all__ = [
     "loss_hyperparameters",
     "preserved",
     "preserved_rng",
+    "relaxed_dropout",
     "requiring_grad",
     "resolve",
     "split",
