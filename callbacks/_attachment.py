@@ -46,6 +46,7 @@ class Attachment:
         self.training_loss: TrainingLoss | None = None  # set where the tracker needs one
         self.watch: Stopwatch | None = None  # set to measure what tracking costs within training steps
         self._every_step = estimator.needs_every_step
+        self._tracked = False
         self.steps = steps
         self.measured_at = steps - steps % every_n_steps
         self.pending = False
@@ -150,7 +151,9 @@ class Attachment:
         self._apply_learned()
         with self.watch.running() if self.watch is not None else nullcontext():
             loss = self.training_loss.of_this_step() if self.training_loss is not None else None
-            if self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps:
+            # A batch for which training_step returned None has no gradient, and moves nothing.
+            self._tracked = self.training_loss is None or loss is not None
+            if self._tracked and (self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps):
                 with torch.no_grad():
                     self.tracker.before_step(loss)
 
@@ -160,8 +163,8 @@ class Attachment:
             return
         self._restore_schedule()
         self.steps += 1
-        due = self.steps - self.measured_at >= self._every_n_steps
-        if due or self._every_step:
+        due = self.steps - self.measured_at >= self._every_n_steps and self._tracked
+        if self._tracked and (due or self._every_step):
             with torch.no_grad():
                 self.tracker.after_step()
         self.pending = due and len(self.tracker.params) > 0

@@ -22,6 +22,7 @@ from hypergrad import (
     OptimizerHyperparameter,
     TensorMeasurement,
     Tuner,
+    check_names,
     loss_hyperparameters,
     resolve,
 )
@@ -138,6 +139,11 @@ class Run:
         """A training batch begins."""
         self._training_watch.start()
 
+    def gradients_cleared(self) -> None:
+        """The optimizer's gradients are set to zero."""
+        if self._training_loss is not None:
+            self._training_loss.gradients_cleared()
+
     def batch_ended(self) -> None:
         """A training batch has been trained on."""
         self._training_watch.stop()
@@ -238,6 +244,7 @@ class Run:
         steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
         for i, optimizer in enumerate(optimizers):
             names = settings.of_optimizers
+            check_names(optimizer, self._trainer.lightning_module, names, self._modules)
             implicit = isinstance(settings.estimator, Implicit)
             hyperparameters = resolve(optimizer, names) if names or not (tensors or implicit) else ()
             attachment = Attachment(
@@ -317,6 +324,12 @@ class Run:
     def _status(self, contractions: list[Contraction]) -> str | None:
         """What an estimator has to say about its numbers, also as a warning the first time."""
         found = [c.status for c in contractions if c.status != "ok"]
+        found += [
+            f"the training losses that were differentiated do not depend on {', '.join(c.unused)} (is it used, without "
+            ".item() or .detach(), in a term that also has parameters?)"
+            for c in contractions
+            if c.unused
+        ]
         for status in found:
             kind = status[:30]
             if kind not in self._warned:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hypergrad import ConfigurationError, NotDifferentiableError, RngState, loss_hyperparameters, preserved_rng
 from hypergrad.callbacks._quietly import quietly
@@ -18,12 +19,14 @@ from hypergrad.callbacks._quietly import quietly
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `training_step`: what it was given, and what it found."""
+    """One call of `training_step`: what it was given, what stood where, and what it found."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RngState
     buffers: dict[str, torch.Tensor]
+    progress: list[dict[str, Any]]
+    value: torch.Tensor
 
 
 class TrainingLoss:
@@ -43,54 +46,69 @@ class TrainingLoss:
         self._module = module
         self._calls: list[_Call] = []
         self._checked = False
-        self._value: torch.Tensor | None = None
         self._step: Callable[..., Any] = module.training_step
+        self._own = module.__dict__.get("training_step")  # of the instance, which is rare
         self._learned = {id(m.value) for m in loss_hyperparameters(module).values()}
-
-        @functools.wraps(self._step)
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            call = _Call(args, kwargs, RngState.capture(), self._buffers())
-            output = self._step(*args, **kwargs)
-            loss = _loss_of(output)
-            if loss is not None:  # None skips a batch
-                self._calls.append(call)
-                self._value = loss.detach()
-            return output
-
-        module.__dict__["training_step"] = recorded
+        module.__dict__["training_step"] = _Recorder(self, module, self._step)
 
     def detach(self) -> None:
         """Leave the module as it was found."""
-        self._module.__dict__.pop("training_step", None)
+        if self._own is not None:
+            self._module.__dict__["training_step"] = self._own
+        else:
+            self._module.__dict__.pop("training_step", None)
         self._calls.clear()
 
-    def of_this_step(self) -> Callable[[], torch.Tensor]:
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `training_step`, and remember the call if it is one of training that found a loss."""
+        if not self._trainer.training:  # validation_step may call it too
+            return self._step(*args, **kwargs)
+        rng, buffers = RngState.capture(), self._buffers()
+        progress = [state.state_dict() for state in _progress(self._trainer)]
+        output = self._step(*args, **kwargs)
+        loss = _loss_of(output)
+        if loss is not None:
+            self._calls.append(_Call(args, kwargs, rng, buffers, progress, loss.detach()))
+        return output
+
+    def gradients_cleared(self) -> None:
+        """The gradients are set to zero: of what was called before, only the loss that is about to be used counts."""
+        del self._calls[:-1]
+
+    def of_this_step(self) -> Callable[[], torch.Tensor] | None:
         """The loss whose gradient the coming optimizer step takes: of all batches since the last step, accumulated.
+
+        None where `training_step` gave none.
 
         Raises:
             NotDifferentiableError: the first time, if another evaluation gives another loss.
             ConfigurationError: the first time, if the gradients of the step are not those of that loss.
         """
         calls, self._calls = self._calls, []
+        if not calls:
+            return None
+        accumulated = self._trainer.accumulate_grad_batches  # may follow a schedule of its own
 
         def again() -> torch.Tensor:
             self.evaluations += 1
-            losses = [self._evaluate(call) for call in calls]
-            return torch.stack(losses).sum() / self._trainer.accumulate_grad_batches
+            return torch.stack([self._evaluate(call) for call in calls]).sum() / accumulated
 
-        if not self._checked:
+        if not self._checked and bool(calls[-1].value.isfinite()):
             self._check_replay(calls, again)
             self._checked = True
         return again
 
     def _evaluate(self, call: _Call) -> torch.Tensor:
         trainer, module = self._trainer, self._module
-        with preserved_rng(), quietly(trainer, module), torch.inference_mode(False), torch.enable_grad():
+        with (
+            preserved_rng(),
+            quietly(trainer, module),
+            _at(trainer, call.progress),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             call.rng.restore()
-            with torch.no_grad():
-                for name, buffer in module.named_buffers():
-                    if name in call.buffers:
-                        buffer.copy_(call.buffers[name])
+            self._put_buffers(call.buffers)
             with trainer.precision_plugin.train_step_context():
                 output = self._step(*call.args, **call.kwargs)
         loss = _loss_of(output)
@@ -105,18 +123,28 @@ class TrainingLoss:
         # Values of hyperparameters are no state of the step: they are what it is differentiated with respect to.
         return {n: b.detach().clone() for n, b in self._module.named_buffers() if id(b) not in self._learned}
 
+    @torch.no_grad()
+    def _put_buffers(self, then: dict[str, torch.Tensor]) -> None:
+        for name, buffer in list(self._module.named_buffers()):
+            if name not in then:
+                continue
+            if buffer.shape == then[name].shape:
+                buffer.copy_(then[name])
+            else:  # a queue that grows; `quietly` puts the present one back
+                owner, _, leaf = name.rpartition(".")
+                setattr(self._module.get_submodule(owner), leaf, then[name].clone())
+
     def _check_replay(self, calls: list[_Call], again: Callable[[], torch.Tensor]) -> None:
-        if not calls or self._value is None:
-            return
         name = type(self._module).__name__
         half = str(self._trainer.precision) not in ("32-true", "64-true", "32", "64")
         tolerance = 0.02 if half else 1e-3
-        value, expected = self._evaluate(calls[-1]).item(), self._value.item()
+        value, expected = self._evaluate(calls[-1]).item(), calls[-1].value.item()
         if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-6):
             raise NotDifferentiableError(
                 f"{name}.training_step gives another loss ({value:.6g}, not {expected:.6g}) when it is run again on "
-                "the same batch with the same random streams and buffers: it changes its batch in place or depends on "
-                "something outside the module. Use Online(), which needs no second run."
+                "the same batch with the same random streams and buffers: it changes its batch in place, or depends "
+                "on something that changes, such as a random generator of its own. Use Online() with hyperparameters "
+                "of the optimizer only, which needs no second run."
             )
         params = [p for p in self._module.parameters() if p.requires_grad and p.grad is not None]
         grads = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
@@ -125,9 +153,49 @@ class TrainingLoss:
         if not math.sqrt(off) <= 10.0 * tolerance * math.sqrt(size) + 1e-12:
             raise ConfigurationError(
                 f"The gradients that the optimizer of {name} gets are not those of the loss that training_step "
-                "returns: they are clipped, scaled or changed by a hook on their way. Use Online(), which takes them "
-                "as they are."
+                "returns: they are clipped, scaled or changed by a hook on their way. Use Online() with "
+                "hyperparameters of the optimizer only, which takes them as they are."
             )
+
+
+class _Recorder:
+    """What stands in for `training_step`: a copy of the module, or one that is pickled, has the step of its own."""
+
+    # No __dict__: nothing here is state of the module.
+    __slots__ = ("__wrapped__", "_loss", "_module")
+
+    def __init__(self, loss: TrainingLoss, module: pl.LightningModule, step: Callable[..., Any]) -> None:
+        self._loss, self._module = loss, module
+        self.__wrapped__ = step  # Lightning looks at its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loss.called(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(memo.get(id(self._module), self._module), "training_step", None)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "training_step")
+
+
+@contextmanager
+def _at(trainer: pl.Trainer, progress: list[dict[str, Any]]) -> Iterator[None]:
+    """The Trainer counts steps, batches and epochs as it did then, inside the block."""
+    states = _progress(trainer)
+    now = [state.state_dict() for state in states]
+    try:
+        for state, then in zip(states, progress, strict=True):
+            state.load_state_dict(then)
+        yield
+    finally:
+        for state, then in zip(states, now, strict=True):
+            state.load_state_dict(then)
+
+
+def _progress(trainer: pl.Trainer) -> list[Any]:
+    loop = trainer.fit_loop
+    steps = loop.epoch_loop.automatic_optimization.optim_progress
+    return [loop.epoch_progress, loop.epoch_loop.batch_progress, steps]
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:
@@ -141,6 +209,8 @@ def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         why = "manual optimization, where a step may take its gradient from anywhere"
     elif trainer.gradient_clip_val:
         why = f"gradient_clip_val={trainer.gradient_clip_val}, which changes the gradient on its way"
+    elif is_overridden("configure_gradient_clipping", module):
+        why = f"{type(module).__name__}.configure_gradient_clipping, which changes the gradient on its way"
     elif type(trainer.strategy) is not SingleDeviceStrategy:
         why = f"{type(trainer.strategy).__name__}"
     if why is not None:

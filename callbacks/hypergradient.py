@@ -22,6 +22,7 @@ from hypergrad import (
     Online,
     OptimizerHyperparameter,
     Schedule,
+    Unrolled,
 )
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._run import Run, Settings
@@ -95,6 +96,11 @@ class HyperGradient(pl.Callback):
         single = isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter))
         if not (hyperparameters is None or single or isinstance(hyperparameters, Sequence)):
             raise ConfigurationError(f"`hyperparameters` must be a sequence of names, but got {hyperparameters!r}.")
+        if isinstance(estimator, Unrolled) and estimator.steps is None:
+            raise ConfigurationError(
+                "Unrolled() would record every step of the run: say how many of the latest it is to go back through, "
+                f"such as Unrolled(steps={every_n_steps}), or use Forward(), whose memory does not grow."
+            )
         for h in _as_tuple(hyperparameters) or ():
             if isinstance(h, Schedule):
                 raise ConfigurationError(
@@ -160,6 +166,11 @@ class HyperGradient(pl.Callback):
         """Time the training steps themselves."""
         if self._run is not None:
             self._run.batch_started()
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        """Gradients start anew: losses before the present one do not belong to the coming step."""
+        if self._run is not None:
+            self._run.gradients_cleared()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take the hypergradient of a step that was tracked in this batch."""

@@ -23,7 +23,7 @@ from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.online import Online
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.functional import HypergradientResult, hypergradient
+from hypergrad.functional import HypergradientResult, check_names, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
@@ -77,6 +77,7 @@ __all__ = [
     "Unrolled",
     "UnsupportedOptimizerError",
     "check",
+    "check_names",
     "generators_of",
     "gradient",
     "hypergradient",

@@ -36,25 +36,25 @@ def gradient(
 
 def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:
     # Parameters used inside a reentrant checkpoint are no inputs of its node: autograd.grad would miss their part.
-    if passes_through([loss], "CheckpointFunctionBackward"):
+    if passes_through([loss], {"CheckpointFunctionBackward"}):
         raise NotDifferentiableError(
             "The validation loss goes through a reentrant activation checkpoint, which hides parameters from "
             "autograd: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
 
 
-def passes_through(tensors: Sequence[torch.Tensor], name: str) -> bool:
-    """Whether the graph that leads to any of the tensors has a node of this name."""
+def passes_through(tensors: Sequence[torch.Tensor], names: set[str]) -> str | None:
+    """The name of a node, one of these, in the graph that leads to any of the tensors; None if there is none."""
     queue, seen = [t.grad_fn for t in tensors], set()
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
-        if node.name() == name:
-            return True
+        if node.name() in names:
+            return node.name()
         seen.add(node)
         queue.extend(parent for parent, _ in node.next_functions)
-    return False
+    return None
 
 
 @contextmanager

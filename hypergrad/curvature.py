@@ -21,6 +21,13 @@ Evaluation = Callable[[], torch.Tensor]
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
 
+# Nodes that autograd differentiates a second time without a word, and wrongly.
+_WRONG_TWICE = {
+    # Left where a function is differentiable once: autograd goes round it and gives 0.
+    "torch::autograd::Error": "a torch.autograd.Function that is marked once_differentiable",
+    "WeightNormInterfaceBackward0": "torch's fused weight_norm, whose second derivative is wrong",
+}
+
 
 class Curvature(ABC):
     """A way to compute H v, where H is the Hessian of the training loss with respect to all inputs together."""
@@ -56,7 +63,7 @@ class Exact(Curvature):
         self,
         loss: Evaluation,
         inputs: Sequence[torch.Tensor],
-        grads: Vector,  # noqa: ARG002 (another curvature needs them)
+        grads: Vector,
     ) -> Iterator[Product]:
         """See `Curvature.at`."""
         with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
@@ -64,12 +71,12 @@ class Exact(Curvature):
                 gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
             # A gradient without a graph is a constant: the loss is linear in that input.
             alive = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            # Left where a function is differentiable once: autograd goes round it and gives 0 in silence.
-            if passes_through([gradients[i] for i in alive], "torch::autograd::Error"):
+            wrong = passes_through([gradients[i] for i in alive], set(_WRONG_TWICE))
+            if wrong is not None:
                 raise NotDifferentiableError(
-                    "The training loss goes through a torch.autograd.Function that is marked once_differentiable: "
-                    "use curvature=FiniteDifference()."
+                    f"The training loss goes through {_WRONG_TWICE[wrong]}: use curvature=FiniteDifference()."
                 )
+            _check_same(gradients, grads)
 
             def product(v: Vector) -> list[torch.Tensor | None]:
                 rows = [i for i in alive if v[i] is not None]
@@ -161,6 +168,25 @@ def _moved(inputs: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], l
     finally:
         for x, old in zip(inputs, before, strict=True):
             x.copy_(old)
+
+
+@torch.no_grad()
+def _check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
+    """The gradient that a step was taken with must be that of the loss as it is evaluated again."""
+    pairs = [
+        (f if f is not None else torch.zeros_like(k), k) for f, k in zip(found, known, strict=True) if k is not None
+    ]
+    if not pairs:
+        return
+    off, size = _norm([f - k for f, k in pairs]), _norm([k for _, k in pairs])
+    half = any(k.dtype in (torch.float16, torch.bfloat16) for _, k in pairs) or torch.is_autocast_enabled("cpu")
+    if bool(size.isfinite()) and not bool(off <= (0.5 if half else 0.05) * size + 1e-6):
+        raise NotDifferentiableError(
+            f"The training loss of a step has another gradient when it is evaluated again (off by {float(off):.3g}, "
+            f"its size is {float(size):.3g}). Either the step did not take the gradient of this loss (it was clipped, "
+            "scaled or changed by a hook), or the loss depends on something that has changed since: a counter, an "
+            "attribute, a batch that was overwritten."
+        )
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

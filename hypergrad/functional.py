@@ -10,7 +10,7 @@ import torch
 
 from hypergrad.autodiff import gradient, requiring_grad
 from hypergrad.curvature import Evaluation
-from hypergrad.errors import ConfigurationError, NotDifferentiableError
+from hypergrad.errors import ConfigurationError, HyperparameterError, NotDifferentiableError
 from hypergrad.estimators.base import Contraction, Estimator
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
@@ -123,6 +123,12 @@ def hypergradient(
             value = _scalar(val_loss(model), "val_loss")
             gradients = gradient(value, tracker.params, model)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
+    if contraction.unused:
+        raise HyperparameterError(
+            f"No gradient of the training losses that were differentiated depends on {', '.join(contraction.unused)}: "
+            "call the Hyperparameter in the training loss, in a term that also has parameters of the optimizer, "
+            "without .item() or .detach()."
+        )
     found, scalars = contraction.hypergradients, {h.name for h in own if isinstance(h, OptimizerHyperparameter)}
 
     def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -144,6 +150,35 @@ def hypergradient(
     )
 
 
+def check_names(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    names: Sequence[str | OptimizerHyperparameter | Schedule],
+    modules: Mapping[str, Hyperparameter],
+) -> None:
+    """Refuse a name that could mean two things, and one that means a module.
+
+    Raises:
+        HyperparameterError: for a hyperparameter in the loss with the name of one of the optimizer, or one that is
+            named by its path.
+    """
+    asked = [
+        h if isinstance(h, str) else h.name for h in names if isinstance(h, (str, OptimizerHyperparameter, Schedule))
+    ]
+    for name in asked:
+        if name in modules:
+            raise HyperparameterError(
+                f"{name!r} is a Hyperparameter of {type(model).__name__} and one of {type(optimizer).__name__}: give "
+                "the attribute of the model another name."
+            )
+        known = loss_hyperparameters(model)
+        if name in known and name.partition("[")[0] not in optimizer.param_groups[0]:
+            raise HyperparameterError(
+                f"{name!r} is a Hyperparameter in the loss of {type(model).__name__}: name the module itself, "
+                f"model.{name}, and not its path."
+            )
+
+
 def _units(
     optimizer: torch.optim.Optimizer,
     own: Sequence[OptimizerHyperparameter | Schedule],
@@ -155,7 +190,8 @@ def _units(
         if isinstance(h, Schedule):
             units[h.name] = h.hyperparameter.coordinate.slope(h.values)
         else:
-            units[h.name] = torch.tensor([h.coordinate.slope(h.read(group)) for group in optimizer.param_groups])
+            slopes = [h.coordinate.slope(h.read(group)) for group in optimizer.param_groups]
+            units[h.name] = torch.tensor(slopes, dtype=torch.float64)
     return units | {name: module.coordinate.slope(module.value) for name, module in modules.items()}
 
 
@@ -167,6 +203,7 @@ def split_names(
         hyperparameters = (hyperparameters,)
     modules = loss_hyperparameters(model, [h for h in hyperparameters if isinstance(h, Hyperparameter)])
     rest = [h for h in hyperparameters if not isinstance(h, Hyperparameter)]
+    check_names(optimizer, model, rest, modules)
     if not rest and modules:
         return (), modules
     resolved = resolve(optimizer, [h.hyperparameter if isinstance(h, Schedule) else h for h in rest])

@@ -50,6 +50,10 @@ class Hyperparameter(torch.nn.Module):
         tensor = tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
         self.coordinate = as_transform(transform)
         self.lower, self.upper = lower, upper
+        if not tensor.numel() or not bool(tensor.isfinite().all()):
+            raise HyperparameterError(
+                f"A hyperparameter needs at least one number, and finite ones, but got {value!r}."
+            )
         low, high = self.bounds
         if not low < high:
             raise HyperparameterError(f"`lower` must be below `upper`, but got {lower=}, {upper=}.")
@@ -85,8 +89,12 @@ class Hyperparameter(torch.nn.Module):
         Args:
             change: finite numbers, in the shape of the value.
         """
-        moved = self.coordinate.inverse(self.coordinate.forward(self.value) + change.to(self.value))
-        moved = moved.clamp(*self.bounds)
+        # Half precision would swallow small moves already in the coordinate.
+        wide = torch.promote_types(self.value.dtype, torch.float32)
+        moved = self.coordinate.inverse(
+            self.coordinate.forward(self.value.to(wide)) + change.to(self.value.device, wide)
+        )
+        moved = moved.clamp(*self.bounds).to(self.value)
         # Where a step is so large that the coordinate saturates (a logit of 40 is 1.0), the element stays.
         inside = self.coordinate.forward(moved).isfinite()
         self.value.copy_(torch.where(inside, moved, self.value))

@@ -37,6 +37,7 @@ class Contraction:
         status: `"ok"`, or what was wrong and what to do about it.
         residual: of an implicit estimator: |(H + damping) x - g| / |g| of the linear system that it solved.
         products: Hessian-vector products spent on it, since tracking began.
+        unused: hyperparameters on which no gradient of a training loss depended, in the steps that were differentiated.
     """
 
     hypergradients: dict[str, torch.Tensor]
@@ -45,6 +46,7 @@ class Contraction:
     status: str = "ok"
     residual: float | None = None
     products: int = 0
+    unused: tuple[str, ...] = ()
 
 
 class Tracker(ABC):
@@ -189,16 +191,3 @@ def norm(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     norms = torch.stack([torch.linalg.vector_norm(t.to(dtype)) for t in tensors])
     whole: torch.Tensor = torch.linalg.vector_norm(norms)
     return whole
-
-
-def check_used(name: str, used: bool) -> None:
-    """Refuse a hyperparameter on which no gradient of the training loss depends.
-
-    Raises:
-        HyperparameterError: if it is not used.
-    """
-    if not used:
-        raise HyperparameterError(
-            f"The gradient of the training loss never depends on {name!r}: call the Hyperparameter in the training "
-            "loss, in a term that also has parameters of the optimizer, without .item() or .detach()."
-        )

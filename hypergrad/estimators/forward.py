@@ -17,7 +17,6 @@ from hypergrad.estimators.base import (
     Pace,
     Tensors,
     Tracker,
-    check_used,
     norm,
     plain,
     wide,
@@ -151,8 +150,6 @@ class _ForwardTracker(Tracker):
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._tangents:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
-        for name in self._tensors:
-            check_used(name, name not in self._unused)
         groups = len(self._optimizer.param_groups)
         dtype = wide(list(gradients.values()))
         device = next(iter(gradients)).device if gradients else torch.device("cpu")
@@ -175,7 +172,9 @@ class _ForwardTracker(Tracker):
             tangent_norms[name] = norms
         # A group's hyperparameter acts, through the loss, on the parameters of all.
         whole = norm([gradients[p] for p in self._moved], dtype)
-        return Contraction(hypergradients, tangent_norms, whole.expand(groups), products=self._products)
+        return Contraction(
+            hypergradients, tangent_norms, whole.expand(groups), products=self._products, unused=tuple(self._unused)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The tangents, by parameter and hyperparameter."""
@@ -271,8 +270,11 @@ class _ForwardTracker(Tracker):
                 self._products += 1
                 pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
                 result[key] = {p: t for p, t in pairs if t is not None}
-                if isinstance(key[1], str) and key[1] in self._unused and _acts(rows[: len(involved)]):
-                    self._unused.discard(key[1])
+            for name in list(self._unused):
+                alone = [torch.ones_like(t) if n == name else None for n, t in self._tensors.items()]
+                rows = product([*[None] * len(involved), *alone])
+                if any(row is not None for row in rows[: len(involved)]):
+                    self._unused.discard(name)
         return result
 
 
@@ -283,10 +285,6 @@ def _placed(param: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
 
 def _label(key: _Key) -> str:
     return f"{key[1] if isinstance(key[1], str) else key[1].name}/{key[0]}"
-
-
-def _acts(rows: Sequence[torch.Tensor | None]) -> bool:
-    return any(row is not None and bool(row.any()) for row in rows)
 
 
 def _one_hot(tensor: torch.Tensor, index: int) -> torch.Tensor:

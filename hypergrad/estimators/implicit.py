@@ -12,7 +12,7 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
-from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, check_used, norm, wide
+from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, norm, wide
 from hypergrad.optimizer.packets import stepped_params
 from hypergrad.solvers import CG, Solver
 
@@ -135,17 +135,19 @@ class _ImplicitTracker(Tracker):
             g = _flat([gradients[p] for p in params], params, dtype)
             solution = self._estimator.solver.solve(operator, g, damping)
             rows = [product(parts(solution.x))[len(params) :] for product in products]
-        hypergradients = {}
+        hypergradients, unused = {}, list[str]()
         for at, (name, tensor) in enumerate(tensors.items()):
             found = [row[at] for row in rows]
-            check_used(name, any(f is not None for f in found))
+            if all(f is None for f in found):
+                unused.append(name)
             mixed = sum((f.to(dtype) for f in found if f is not None), torch.zeros_like(tensor, dtype=dtype))
             hypergradients[name] = gradients[tensor].to(dtype) - mixed / len(products)
         whole = norm([gradients[p] for p in params], dtype)
         groups = len(self._optimizer.param_groups)
         # The last one is for the derivative by the hyperparameters.
         spent = (solution.products + 1) * len(products)
-        return Contraction(hypergradients, {}, whole.expand(groups), solution.status, solution.residual, spent)
+        norms = whole.expand(groups)
+        return Contraction(hypergradients, {}, norms, solution.status, solution.residual, spent, tuple(unused))
 
 
 def _flat(rows: Sequence[torch.Tensor | None], params: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -198,7 +198,8 @@ class _WithTensors(Tracker):
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         own, tensors = self._own.contract(gradients), self._tensors.contract(gradients)
-        return replace(own, hypergradients={**own.hypergradients, **tensors.hypergradients})
+        both = {**own.hypergradients, **tensors.hypergradients}
+        return replace(own, hypergradients=both, products=tensors.products, unused=tensors.unused)
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,6 @@ from hypergrad.estimators.base import (
     Pace,
     Tensors,
     Tracker,
-    check_used,
     norm,
     plain,
     wide,
@@ -114,7 +114,8 @@ class UnrolledTracker(Tracker):
         groups = self._optimizer.param_groups
         own = [plain(h) for h in self._hyperparameters]
         values = {(i, h): h.read(group) for h in own for i, group in enumerate(groups)}
-        self._steps.append(_Step(RecordedStep(self._optimizer), loss, values, self._count))
+        then = {name: t.detach().clone() for name, t in self._tensors.items()}
+        self._steps.append(_Step(RecordedStep(self._optimizer), loss, values, self._count, then))
         self._count += 1
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
@@ -128,13 +129,19 @@ class UnrolledTracker(Tracker):
         totals = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
         direct = {name: gradients[t].to(dtype) for name, t in self._tensors.items()}
         used: set[str] = set()
+        values: dict[torch.Tensor, torch.Tensor] = {}
         adjoint = StateVector({p: gradients[p].detach() for p in params})
         products = 0
-        rates = {c: _rates(c[1], [step.values[c] for step in self._steps]) for c in coordinates}
-        for at, (step, loss) in reversed([(i, (s.record, s.loss)) for i, s in enumerate(self._steps)]):
-            back = step.pull_back(adjoint, coordinates)
+        rates = {c: _rates(c[1], [step.values.get(c) for step in self._steps]) for c in coordinates}
+        for at, recorded in reversed(list(enumerate(self._steps))):
+            step, loss = recorded.record, recorded.loss
+            # Parameters that joined the optimizer later were until then what they were at their first step.
+            values.update(step.values)
+            # A param group may have been added since.
+            back = step.pull_back(adjoint, [c for c in coordinates if c in recorded.values])
+            none = torch.zeros(())
             for h in self._hyperparameters:
-                numbers = [back.hyperparameters[i, plain(h)].to(device, dtype) for i in range(groups)]
+                numbers = [back.hyperparameters.get((i, plain(h)), none).to(device, dtype) for i in range(groups)]
                 if isinstance(h, Schedule):
                     for knot, rate in h.rates(self._steps[at].index).items():
                         totals[h.name][knot] += rate * torch.stack(numbers).sum()
@@ -145,7 +152,8 @@ class UnrolledTracker(Tracker):
             before = {p: t for p, t in adjoint.params.items() if p not in moved} | back.before.params
             state = {p: t for p, t in adjoint.state.items() if p not in moved} | back.before.state
             if loss is not None and (at > 0 or self._tensors):
-                rows = self._through_gradient(step, loss, params, back.grads)
+                with _values(self._tensors, recorded.tensors), step.parameters_at(values):
+                    rows = self._through_gradient(step, loss, params, back.grads)
                 products += 1
                 for p in params:
                     row = rows.pop(p, None)
@@ -157,10 +165,9 @@ class UnrolledTracker(Tracker):
                         used.add(name)
                         direct[name] = direct[name] + row.to(dtype)
             adjoint = StateVector(before, state)
-        for name in self._tensors:
-            check_used(name, name in used)
+        unused = tuple(name for name in self._tensors if name not in used)
         whole = norm([gradients[p] for p in params], dtype).to(device)
-        return Contraction({**totals, **direct}, {}, whole.expand(groups), products=products)
+        return Contraction({**totals, **direct}, {}, whole.expand(groups), products=products, unused=unused)
 
     def _through_gradient(
         self,
@@ -172,11 +179,8 @@ class UnrolledTracker(Tracker):
         """How the gradient of a step, weighed by its cotangent, depends on parameters and on the loss's tensors."""
         inputs = [*params, *self._tensors.values()]
         known = step.gradients
-        grads = [known.get(p, torch.zeros_like(p)) for p in params]
-        with (
-            step.parameters_before(),
-            self._estimator.curvature.at(loss, inputs, [*grads, *[None] * len(self._tensors)]) as product,
-        ):
+        grads = [known.get(p) for p in params]
+        with self._estimator.curvature.at(loss, inputs, [*grads, *[None] * len(self._tensors)]) as product:
             rows = product([*(cotangents.get(p) for p in params), *[None] * len(self._tensors)])
         return dict(zip(inputs, rows, strict=True))
 
@@ -190,12 +194,31 @@ class _Step:
     loss: Evaluation | None
     values: dict[tuple[int, OptimizerHyperparameter], float]
     index: int
+    tensors: dict[str, torch.Tensor]
 
 
-def _rates(hyperparameter: OptimizerHyperparameter, values: Sequence[float]) -> list[float]:
-    """How far the value of each step moves with the last one, see `Pace`."""
+@contextmanager
+def _values(tensors: Tensors, then: Tensors) -> Iterator[None]:
+    """Hyperparameters in the loss have the values that they had at a step, inside the block."""
+    now = {name: t.detach().clone() for name, t in tensors.items()}
+    try:
+        with torch.no_grad():
+            for name, t in tensors.items():
+                t.copy_(then[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, t in tensors.items():
+                t.copy_(now[name])
+
+
+def _rates(hyperparameter: OptimizerHyperparameter, values: Sequence[float | None]) -> list[float]:
+    """How far the value of each step moves with the last one, see `Pace`; not at all where there was none."""
     pace, rates = Pace(), list[float]()
     for value in values:
+        if value is None:
+            rates.append(0.0)
+            continue
         rate, anew = pace.step(hyperparameter, value)
         rates = [*([0.0] * len(rates) if anew else rates), rate]
     return [rate * pace.unit for rate in rates]

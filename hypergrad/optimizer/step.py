@@ -32,6 +32,8 @@ from hypergrad.torch_internals import raw_step
 # A hyperparameter of one param group, by the group's index.
 Coordinate = tuple[int, OptimizerHyperparameter]
 
+_TINY_LR = 1e-20
+
 # Closures that re-evaluate the loss, and sparse gradients: neither is one map from (s, g) to s'.
 _REFUSED = {
     torch.optim.LBFGS: "its step evaluates the loss several times; use SGD, Adam or another first-order optimizer",
@@ -133,8 +135,9 @@ def _differentiate(
         for packet in packets:
             _make_dual(packet, direction)
         groups = _groups(optimizer.param_groups, packets)
+        _without_zero_lr(groups)
         for (index, h), rate in direction.hyperparameters.items():
-            value = h.read(groups[index]) or _instead_of_zero(optimizer, h, lr_alone)
+            value = h.read(optimizer.param_groups[index]) or _instead_of_zero(optimizer, h, lr_alone)
             h.write(groups[index], dual(_number(value), _number(rate)))
         twin = shadow(optimizer, groups, {packet.param: packet.state for packet in packets})
         _take(twin, packets)
@@ -171,12 +174,18 @@ class RecordedStep:
             for p, part in zip(packet.params, packet.split(packet.grad), strict=True)
         }
 
-    @contextmanager
-    def parameters_before(self) -> Iterator[None]:
-        """All parameters of the optimizer have the values before the step, inside the block."""
+    @property
+    def values(self) -> dict[torch.Tensor, torch.Tensor]:
+        """All parameters of the optimizer as they were before the step."""
         then = dict(self._still)
         for packet in self._packets:
             then.update(zip(packet.params, packet.split(packet.param), strict=True))
+        return then
+
+    @staticmethod
+    @contextmanager
+    def parameters_at(then: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+        """Parameters have these values, inside the block."""
         now = {p: p.detach().clone() for p in then}
         try:
             _write(then)
@@ -209,6 +218,7 @@ class RecordedStep:
                     packet.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in packet.state.items()}
                     packet.param.grad = grad
                 groups = _groups(self._settings, packets)
+                _without_zero_lr(groups)
                 for (index, h), number in numbers.items():
                     h.write(groups[index], number.clone())
                 twin = shadow(self._optimizer, groups, {packet.param: packet.state for packet in packets})
@@ -266,6 +276,13 @@ def _groups(param_groups: Sequence[ParamGroup], packets: Sequence[Packet]) -> li
         single_tensor_group(group, [packet.param for packet in packets if packet.group == index])
         for index, group in enumerate(param_groups)
     ]
+
+
+def _without_zero_lr(groups: Sequence[ParamGroup]) -> None:
+    """Adam's differentiable path divides by lr, which a schedule may set to 0: a tiny one moves nothing either."""
+    for group in groups:
+        if isinstance(group.get("lr"), (int, float)) and group["lr"] == 0.0:
+            group["lr"] = _TINY_LR
 
 
 def _take(twin: torch.optim.Optimizer, packets: Sequence[Packet]) -> None:
@@ -364,4 +381,4 @@ def _instead_of_zero(
         return 1.0  # the same derivative everywhere, and Adam's differentiable path divides by lr
     # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: a tiny
     # positive number takes the branch and changes nothing else. Adam divides by lr, also in float32.
-    return 1e-20 if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)
+    return _TINY_LR if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)

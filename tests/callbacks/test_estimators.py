@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:HyperGradient at step")
 WHOLE_RUN: dict[str, Estimator] = {
     "Forward": Forward(),
     "Forward, difference": Forward(curvature=FiniteDifference(1e-8)),
-    "Unrolled": Unrolled(),
+    "Unrolled": Unrolled(steps=6),
 }
 
 
