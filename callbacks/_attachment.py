@@ -149,11 +149,15 @@ class Attachment:
 
     def _before_update(self) -> None:
         self._apply_learned()
+        due = self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps
+        if self.training_loss is None and not due:
+            self._tracked = True
+            return
         with self.watch.running() if self.watch is not None else nullcontext():
             loss = self.training_loss.of_this_step() if self.training_loss is not None else None
             # A batch for which training_step returned None has no gradient, and moves nothing.
             self._tracked = self.training_loss is None or loss is not None
-            if self._tracked and (self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps):
+            if self._tracked and due:
                 with torch.no_grad():
                     self.tracker.before_step(loss)
 
@@ -173,9 +177,9 @@ class Attachment:
         self._restore_schedule()  # a step that raised, or a closure that was called twice
         self._used = {}
         for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
-            for key, value in self._tuner.values(group, mine).items():
-                hyperparameter = mine[key]
-                scheduled = hyperparameter.read(group)
+            for (key, hyperparameter), (scheduled, value) in zip(
+                mine.items(), self._tuner.pairs(group, mine), strict=True
+            ):
                 self._used[key] = (scheduled, value)
                 if value != scheduled:
                     self._scheduled.append((group, hyperparameter.key, group[hyperparameter.key]))

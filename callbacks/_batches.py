@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -119,12 +118,16 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     if isinstance(source.dataset, IterableDataset):
         return DataLoader(source.dataset, batch_size=source.batch_size, drop_last=source.drop_last, **kept)
     if _is_plain(source):
-        dataset, kept["collate_fn"] = _read_at_once(source)
         size = source.batch_size
-        batches = _shuffled(len(source.dataset), size or 1, kept["generator"])  # type: ignore[arg-type]
+        indices = _shuffled(len(source.dataset), size or 1, kept["generator"])  # type: ignore[arg-type]
+        rows = _rows(source)
+        if rows is not None:
+            return map(rows, indices)
+        batches: list[list[int]] = [at.tolist() for at in indices]
         if size is None:
-            return DataLoader(dataset, batch_size=None, sampler=list(itertools.chain.from_iterable(batches)), **kept)
-        return DataLoader(dataset, batch_sampler=batches, **kept)
+            order = list(itertools.chain.from_iterable(batches))
+            return DataLoader(source.dataset, batch_size=None, sampler=order, **kept)
+        return DataLoader(source.dataset, batch_sampler=batches, **kept)
     if source.batch_sampler is not None:
         with preserved(source.batch_sampler):
             batches = list(itertools.islice(source.batch_sampler, _LONGEST_EPOCH))
@@ -134,48 +137,37 @@ def _reordered(source: Iterable[Any], seed: int) -> Iterable[Any]:
     return DataLoader(source.dataset, batch_size=None, sampler=order, **kept)
 
 
-def _shuffled(items: int, size: int, generator: torch.Generator) -> list[list[int]]:
+def _shuffled(items: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Batches of indices: whole passes through the data, each in a new order."""
     # A short last batch would be a noisier measurement than the others.
     per_pass = max(items // size, min(items, 1))
-    batches: list[list[int]] = []
+    batches: list[torch.Tensor] = []
     while per_pass and len(batches) < max(_SHORTEST_EPOCH, per_pass):
-        order = torch.randperm(items, generator=generator).tolist()
+        order = torch.randperm(items, generator=generator)
         batches += [order[i * size : (i + 1) * size] for i in range(per_pass)]
     return batches
 
 
-def _read_at_once(loader: DataLoader[Any]) -> tuple[Dataset[Any], Any]:
-    """Dataset and collate function that give the same batches as the loader's own.
+def _rows(loader: DataLoader[Any]) -> Callable[[torch.Tensor], list[torch.Tensor]] | None:
+    """What gives the loader's batch for a vector of indices, if its data are tensors in memory.
 
-    Tensors in memory are indexed once per batch: item by item costs more than a small network's gradient.
+    A loader that goes item by item, and even one that does not, costs more than a small network's gradient.
     """
     dataset: Any = loader.dataset
-    indices = None
+    within = None
     if type(dataset) is Subset:
-        dataset, indices = dataset.dataset, torch.as_tensor(dataset.indices)
-    if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.batch_size is not None:
-        return _Rows(dataset.tensors, indices), _as_it_is
-    return loader.dataset, loader.collate_fn
+        dataset, within = dataset.dataset, torch.as_tensor(dataset.indices)
+    in_memory = type(dataset) is TensorDataset and loader.collate_fn is default_collate
+    if not in_memory or loader.batch_size is None:
+        return None
+    pin = loader.pin_memory and torch.cuda.is_available()
 
+    def rows(at: torch.Tensor) -> list[torch.Tensor]:
+        at = at if within is None else within[at]
+        batch = [tensor[at] for tensor in dataset.tensors]
+        return [tensor.pin_memory() for tensor in batch] if pin else batch
 
-class _Rows(Dataset[Any]):
-    """Rows of some tensors, several at once."""
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...], indices: torch.Tensor | None) -> None:
-        self._tensors, self._indices = tensors, indices
-
-    def __len__(self) -> int:
-        return len(self._tensors[0]) if self._indices is None else len(self._indices)
-
-    def __getitems__(self, rows: list[int]) -> list[torch.Tensor]:
-        at = torch.tensor(rows)
-        at = at if self._indices is None else self._indices[at]
-        return [tensor[at] for tensor in self._tensors]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return rows
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

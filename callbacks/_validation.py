@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import lightning.pytorch as pl
@@ -78,6 +78,13 @@ class ValidationLoss:
                     "averaged or merged weights in buffers, or update them in on_validation_end."
                 )
 
+    @cached_property
+    def _own_hooks(self) -> tuple[bool, bool]:
+        """Whether the module overrides `on_validation_model_eval`, and `on_validation_epoch_start`."""
+        hooks = ("on_validation_model_eval", "on_validation_epoch_start")
+        mine, others = (is_overridden(hook, self.module) for hook in hooks)
+        return mine, others
+
     def _arguments(self, batch: Any, batch_idx: int) -> list[Any]:
         """What the user's signature asks for, as the validation loop passes it."""
         takes_batch_idx, takes_dataloader_idx = _signature(
@@ -100,15 +107,17 @@ class ValidationLoss:
             logged = stack.enter_context(quietly(trainer, module))
             stack.callback(setattr, trainer.state, "stage", trainer.state.stage)
             trainer.validating = True
-            if torch.cuda.is_available() and any(isinstance(m, torch.nn.RNNBase) for m in module.modules()):
+            on_cuda = trainer.strategy.root_device.type == "cuda"
+            if on_cuda and any(isinstance(m, torch.nn.RNNBase) for m in module.modules()):
                 # cuDNN's RNN kernels have a backward pass in train mode only.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            if is_overridden("on_validation_model_eval", module):
+            own_eval, own_epoch_start = self._own_hooks
+            if own_eval:
                 module.on_validation_model_eval()
                 stack.callback(module.on_validation_model_train)
             else:
                 module.eval()
-            if is_overridden("on_validation_epoch_start", module):  # where many modules make their lists
+            if own_epoch_start:  # where many modules make their lists
                 module.on_validation_epoch_start()
             yield logged
 

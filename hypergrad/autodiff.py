@@ -45,15 +45,16 @@ def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:
 
 def passes_through(tensors: Sequence[torch.Tensor], names: set[str]) -> str | None:
     """The name of a node, one of these, in the graph that leads to any of the tensors; None if there is none."""
-    queue, seen = [t.grad_fn for t in tensors], set()
+    queue = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(queue)
     while queue:
         node = queue.pop()
-        if node is None or node in seen:
-            continue
         if node.name() in names:
             return node.name()
-        seen.add(node)
-        queue.extend(parent for parent, _ in node.next_functions)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
     return None
 
 

@@ -17,7 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 # Plain values: nothing in them can change. Compared by exact type, which is what makes large containers cheap.
-_ATOMS = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+_ATOMS: frozenset[type] = frozenset(
+    {str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size}
+)
 # Never entered: code, and data that an evaluation reads but does not own.
 _OPAQUE = (type, Enum, ModuleType, FunctionType, BuiltinFunctionType, MethodType, Logger, Dataset, DataLoader)
 _Undo = Callable[[], object]
@@ -54,7 +56,7 @@ class _Recorder:
 
     def __init__(self, *, parameters: bool, opaque: tuple[type, ...]) -> None:
         self._parameters = parameters
-        self._opaque = opaque
+        self._handlers = _handlers(opaque)
         self._undo: list[_Undo] = []
         self._seen: dict[int, object] = {}  # also keeps objects alive, so that their ids stay their own
         self._copies: dict[int, Any] = {}
@@ -69,27 +71,18 @@ class _Recorder:
 
     def record(self, value: Any) -> None:
         """Record whatever can change inside `value`, and everything below it."""
-        if type(value) in _ATOMS or id(value) in self._seen or isinstance(value, self._opaque):
+        handler = self._handlers[type(value)]
+        if handler is None or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, torch.nn.Module):
-            self._record_module(value)
-        elif isinstance(value, torch.Tensor):
-            self._record_tensor(value)
-        elif isinstance(value, dict):
-            self._record_dict(value)
-        elif isinstance(value, (list, deque)):
-            self._record_sequence(value)
-        elif isinstance(value, set):
-            self._record_set(value)
-        elif isinstance(value, tuple):
-            for item in value:
-                self.record(item)
-        elif (
-            not self._record_generator(value)
-            and hasattr(value, "__dict__")
-            and not _is_machinery(type(value).__module__)
-        ):
+        handler(self, value)
+
+    def _record_tuple(self, values: tuple[Any, ...]) -> None:
+        for item in values:
+            self.record(item)
+
+    def _record_object(self, value: object) -> None:
+        if hasattr(value, "__dict__"):
             self._record_dict(vars(value))
 
     def _record_tensor(self, tensor: torch.Tensor) -> None:
@@ -167,25 +160,26 @@ class _Recorder:
         for item in saved:
             self.record(item)
 
-    def _record_generator(self, value: object) -> bool:
-        if isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
-        elif isinstance(value, np.random.Generator):
-            bits, numpy_state = value.bit_generator, value.bit_generator.state
-            self._undo.append(lambda: setattr(bits, "state", numpy_state))
-        elif isinstance(value, np.random.RandomState):
-            legacy_state = value.get_state()
-            self._undo.append(lambda: value.set_state(legacy_state))
-        elif isinstance(value, random.Random):
-            python_state = value.getstate()
-            self._undo.append(lambda: value.setstate(python_state))
-        else:
-            return False
-        return True
+    def _record_torch_generator(self, value: torch.Generator) -> None:
+        state = value.get_state()
+        self._undo.append(lambda: value.set_state(state))
+
+    def _record_numpy_generator(self, value: np.random.Generator) -> None:
+        bits, state = value.bit_generator, value.bit_generator.state
+        self._undo.append(lambda: setattr(bits, "state", state))
+
+    def _record_legacy_generator(self, value: np.random.RandomState) -> None:
+        state = value.get_state()
+        self._undo.append(lambda: value.set_state(state))
+
+    def _record_python_generator(self, value: random.Random) -> None:
+        state = value.getstate()
+        self._undo.append(lambda: value.setstate(state))
 
     def _substitute(self, value: Any) -> Any:
         """What stands in for `value` inside the block: a copy of a plain tensor, otherwise the value, recorded."""
+        if self._handlers[type(value)] is None:
+            return value
         if isinstance(value, np.ndarray):
             return self._copy_of(value, value.copy)
         if type(value) is tuple:
@@ -205,6 +199,43 @@ class _Recorder:
         return self._copies[id(value)]
 
 
+_Handler = Callable[[_Recorder, Any], None]
+# The first that fits. Objects of a user's own come last.
+_BY_TYPE: tuple[tuple[type | tuple[type, ...], _Handler], ...] = (
+    (torch.nn.Module, _Recorder._record_module),
+    (torch.Tensor, _Recorder._record_tensor),
+    (dict, _Recorder._record_dict),
+    ((list, deque), _Recorder._record_sequence),
+    (set, _Recorder._record_set),
+    (tuple, _Recorder._record_tuple),
+    (torch.Generator, _Recorder._record_torch_generator),
+    (np.random.Generator, _Recorder._record_numpy_generator),
+    (np.random.RandomState, _Recorder._record_legacy_generator),
+    (random.Random, _Recorder._record_python_generator),
+)
+
+
+class _Handlers(dict[type, _Handler | None]):
+    """How to record a value, by its exact type; None where nothing in it can change. Found out once per type."""
+
+    def __init__(self, opaque: tuple[type, ...]) -> None:
+        super().__init__(dict.fromkeys(_ATOMS))
+        self._opaque = opaque
+
+    def __missing__(self, kind: type) -> _Handler | None:
+        handler: _Handler | None = None
+        if not issubclass(kind, self._opaque):
+            known = (handler for types, handler in _BY_TYPE if issubclass(kind, types))
+            handler = next(known, None if _is_machinery(kind.__module__) else _Recorder._record_object)
+        self[kind] = handler
+        return handler
+
+
+@lru_cache(maxsize=8)
+def _handlers(opaque: tuple[type, ...]) -> _Handlers:
+    return _Handlers(opaque)
+
+
 # Libraries whose classes keep no state of a user's module.
 _LIBRARIES = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"})
 
@@ -217,7 +248,6 @@ _MACHINERY = (
 )
 
 
-@lru_cache(maxsize=1024)
 def _is_machinery(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _MACHINERY)
 
@@ -248,7 +278,11 @@ def _is_plain(value: object) -> bool:
 
 def _has_state(attributes: dict[str, Any]) -> bool:
     """Whether one of torch's own layers carries more than settings, such as a tensor that somebody attached."""
-    return any(not _is_plain(attributes[name]) for name in attributes.keys() - _module_internals())
+    internals = _module_internals()
+    return any(
+        type(value) not in _ATOMS and name not in internals and not _is_plain(value)
+        for name, value in attributes.items()
+    )
 
 
 @lru_cache(maxsize=1)

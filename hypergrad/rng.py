@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_SPARE: list[np.random.BitGenerator] = []  # to make one takes longer than everything else here
+
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -24,13 +26,34 @@ def preserved_rng(seed: int | None = None, generators: Sequence[Generator] = ())
         seed: start the block from this seed; None starts it from where the streams stand.
         generators: further random generators (of torch, NumPy or Python) that are treated as the global ones are.
     """
+    if seed is not None:
+        with _private_numpy():
+            state = RngState.capture(generators, numpy=False)
+            try:
+                RngState.seed(seed, generators)
+                yield
+            finally:
+                state.restore()
+        return
     state = RngState.capture(generators)
     try:
-        if seed is not None:
-            RngState.seed(seed, generators)
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def _private_numpy() -> Iterator[None]:
+    """NumPy's global functions draw from a bit generator of ours: to swap it costs less than to read and write one."""
+    # Public since NumPy 1.24, and missing from its stubs.
+    get, put = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
+    before = get()
+    put(_SPARE.pop() if _SPARE else np.random.MT19937())
+    try:
+        yield
+    finally:
+        _SPARE.append(get())
+        put(before)
 
 
 class RngState:
@@ -40,18 +63,22 @@ class RngState:
         self._cpu, self._cuda, self._numpy, self._python, self._others = cpu, cuda, numpy, python, others
 
     @classmethod
-    def capture(cls, generators: Sequence[Generator] = ()) -> RngState:
-        """The streams as they stand; CUDA only once it is in use, which capturing must not start."""
+    def capture(cls, generators: Sequence[Generator] = (), *, numpy: bool = True) -> RngState:
+        """The streams as they stand, without NumPy's if it is not asked for.
+
+        CUDA only once it is in use, which capturing must not start.
+        """
         cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
         others = [(generator, _get_state(generator)) for generator in generators]
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), others)
+        return cls(torch.get_rng_state(), cuda, np.random.get_state() if numpy else None, random.getstate(), others)
 
     def restore(self) -> None:
         """Make the streams continue from here."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
-        np.random.set_state(self._numpy)
+        if self._numpy is not None:
+            np.random.set_state(self._numpy)
         random.setstate(self._python)
         for generator, state in self._others:
             _set_state(generator, state)

@@ -83,7 +83,8 @@ class Tuner:
         self.controller = controller
         self._offsets: dict[str, float] = {}
         self._signals: dict[str, SignalToNoise] = {}
-        self._known: dict[str, tuple[float, float]] = {}  # key -> (scheduled, value), until the offset changes
+        # By the first key of a param group: what its values were computed from, and (scheduled, value) of each.
+        self._known: dict[str, tuple[tuple[float, ...], list[tuple[float, float]]]] = {}
 
     def values(self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]) -> dict[str, float]:
         """The values that a step should use, by key, for one param group in which the scheduled values stand.
@@ -92,11 +93,24 @@ class Tuner:
             group: the param group.
             coordinates: key -> hyperparameter, for all that is learned in this group.
         """
-        values = {key: self._value(key, h, h.read(group)) for key, h in coordinates.items()}
-        names = {h.name: key for key, h in coordinates.items()}
-        if any(self._offsets.get(key) for key in values):
-            self._bound_decay(values, names, group)
-        return values
+        return {key: value for key, (_, value) in zip(coordinates, self.pairs(group, coordinates), strict=True)}
+
+    def pairs(
+        self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]
+    ) -> Sequence[tuple[float, float]]:
+        """(scheduled, value) of each coordinate, in order; see `values`."""
+        if not coordinates:
+            return []
+        numbers = [h.read(group) for h in coordinates.values()]
+        origin = (*numbers, float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0)))
+        key = next(iter(coordinates))
+        known = self._known.get(key)
+        if known is None or known[0] != origin:  # most steps of a training find what the last one used
+            values = {k: self._value(k, h, x) for (k, h), x in zip(coordinates.items(), numbers, strict=True)}
+            if any(self._offsets.get(k) for k in values):
+                self._bound_decay(values, {h.name: k for k, h in coordinates.items()}, group)
+            known = self._known[key] = (origin, list(zip(numbers, values.values(), strict=True)))
+        return known[1]
 
     def update(
         self, measurements: Sequence[Measurement], loss: float, tensors: Sequence[TensorMeasurement] = ()
@@ -150,13 +164,8 @@ class Tuner:
         offset = self._offsets.get(key, 0.0)
         if offset == 0.0:
             return scheduled
-        known = self._known.get(key)
-        if known is not None and known[0] == scheduled:
-            return known[1]
         start = hyperparameter.start(scheduled)
-        value = scheduled if start is None else _clamped(hyperparameter, start, start, offset)
-        self._known[key] = (scheduled, value)
-        return value
+        return scheduled if start is None else _clamped(hyperparameter, start, start, offset)
 
     def _move(self, measurement: Measurement, move: float) -> None:
         hyperparameter = measurement.hyperparameter
@@ -166,7 +175,7 @@ class Tuner:
         # From the value that was really used to the one that can be reached: no wind-up at a bound.
         current = hyperparameter.start(measurement.value) or start
         target = _clamped(hyperparameter, current, current, move)
-        self._known.pop(measurement.key, None)
+        self._known.clear()
         self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
 
     def _bound_decay(self, values: dict[str, float], keys: Mapping[str, str], group: ParamGroup) -> None:

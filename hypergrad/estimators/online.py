@@ -133,20 +133,22 @@ class _OnlineTracker(Tracker):
         device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
         zero = torch.zeros((), device=device)
         names = [h.name for h in self._hyperparameters]
-        rows: list[list[torch.Tensor]] = [[] for _ in range(1 + 2 * len(names))]
+        columns: list[torch.Tensor] = []  # one per group: the norm of its gradient, then a pair per hyperparameter
         for step in groups:
             gradient = _flat([gradients[p] for p in step.params]) if step.params else zero
-            rows[0].append(torch.linalg.vector_norm(gradient))
-            for i, name in enumerate(names):
-                tangent = step.tangents.get(name, _Tangent(zero))
-                moved = name in step.tangents
-                rows[1 + 2 * i].append(torch.dot(gradient, tangent.vector) * tangent.scale if moved else zero)
-                rows[2 + 2 * i].append(torch.linalg.vector_norm(tangent.vector) * abs(tangent.scale) if moved else zero)
-        gradient_norms, *pairs = _stacked([value for row in rows for value in row]).view(len(rows), -1)
+            columns.append(torch.linalg.vector_norm(gradient))
+            for name in names:
+                tangent = step.tangents.get(name)
+                if tangent is None:
+                    columns += (zero, zero)
+                else:
+                    columns.append(torch.dot(gradient, tangent.vector) * tangent.scale)
+                    columns.append(torch.linalg.vector_norm(tangent.vector) * abs(tangent.scale))
+        table = _stacked(columns).view(len(groups), -1).T
         return Contraction(
-            hypergradients=dict(zip(names, pairs[::2], strict=True)),
-            tangent_norms=dict(zip(names, pairs[1::2], strict=True)),
-            gradient_norms=gradient_norms,
+            hypergradients=dict(zip(names, table[1::2], strict=True)),
+            tangent_norms=dict(zip(names, table[2::2], strict=True)),
+            gradient_norms=table[0],
         )
 
     def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:
