@@ -1,11 +1,11 @@
 """What one run is measured against; each method is a function of task, seed and start, and an entry in `METHODS`.
 
-All train with the task's own optimizer, batches and initial weights, from the two sets that everyone gets.
+All get the same batches and initial weights and the two sets that everyone gets. Those that bring no schedule of their
+own have the task's, or else a cosine to 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import lightning as L
 import torch
 
-from .harness import Readout, Result, evaluate, finish, number, optimizers, readout_cost, train
+from . import single
+from .harness import Result, finish, own_optimizer, scheduled, trained
 from .modules import Module
 from .tasks import Task
 
@@ -23,6 +24,8 @@ STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
 LR = (1e-5, 1.0)
 # Coupled decay acts on the gradient and is wanted at smaller values. Both ranges hold the good values of every task.
 WEIGHT_DECAY = {"AdamW": (1e-4, 10.0), "SGD": (1e-6, 1e-1)}
+
+Run = Callable[[Task, int, float], Result]  # of task, seed and start
 
 
 def between(low: float, high: float, u: float) -> float:
@@ -36,46 +39,42 @@ def draw(task: Task, seed: int, trial: int) -> tuple[float, float]:
     return between(*LR, u), between(*WEIGHT_DECAY[task.optimizer], v)
 
 
-def trained(
-    method: str, task: Task, seed: int, start: float, lr: float, weight_decay: float, *, decay: bool = True
-) -> Result:
-    """One plain training, and what a readout makes of the same run."""
-    began, Module.spent = time.perf_counter(), 0.0
+def at(method: str, task: Task, seed: int, start: float, lr: float, weight_decay: float) -> Result:
+    """The task's optimizer at these settings."""
+    Module.spent = 0.0
     module = task.module(seed, lr, weight_decay)
-    _, hold, test = task.sets(seed)
-    readout = Readout(module, hold, task.steps)
-    made = train(module, task, seed, *optimizers(module, task.steps, decay), readout.after_step)
-    # The run itself knows nothing of its readout, whose losses were counted with it.
-    settings = {"lr": lr, "weight_decay": weight_decay, "made": made, "readout": readout.choice}
-    result = finish(method, task, seed, start, module, began, **settings)
-    readout.load(readout.best)
-    return dataclasses.replace(
-        result,
-        test=result.test if made == task.steps else math.inf,
-        hold=result.hold if made == task.steps else math.inf,
-        cost=made / task.steps,
-        readout_cost=round(readout_cost(task, seed), 4),
-        readout_hold=number(readout.best_loss),
-        readout_test=evaluate(module, test),
-    )
+    optimizer = own_optimizer(module)
+    decay = scheduled(optimizer, task)
+    return trained(method, task, seed, start, module, optimizer, decay, lr=lr, weight_decay=weight_decay)
 
 
 def random(task: Task, seed: int, start: float) -> Result:
     """Trial number `start` of the random search; the report takes the best of the first 8, 16 and 50."""
-    return trained("random", task, seed, start, *draw(task, seed, int(start)))
+    return at("random", task, seed, start, *draw(task, seed, int(start)))
 
 
 def default(task: Task, seed: int, start: float) -> Result:
-    return trained("default", task, seed, start, *task.default)
+    return at("default", task, seed, start, *task.default)
 
 
 def plain(task: Task, seed: int, start: float) -> Result:
-    """What the user's module does by itself at this lr."""
-    return trained("plain", task, seed, start, start, task.default[1], decay=False)
+    """What the user's module does by itself at this lr: its own schedule, or none."""
+    Module.spent = 0.0
+    module = task.module(seed, start, task.default[1])
+    optimizer = own_optimizer(module)
+    own = scheduled(optimizer, task) if task.schedule else None
+    return trained("plain", task, seed, start, module, optimizer, own)
 
 
-def ours_from(method: str, make_callback: Callable[[Task], L.Callback]) -> Callable[[Task, int, float], Result]:
-    """A method that fits in a real Trainer with one callback more."""
+def make_callback(task: Task, seed: int) -> L.Callback:
+    """`HyperGradient()` as it is by default. A candidate is another such function: `--callback module:function`."""
+    from hypergrad.callbacks import HyperGradient
+
+    return HyperGradient(val_dataloaders=task.hold_loader(seed))
+
+
+def ours_from(method: str, make_callback: Callable[[Task, int], L.Callback]) -> Run:
+    """A method that fits in a real Trainer with one callback more, and takes the weights that the run ends with."""
 
     def run(task: Task, seed: int, start: float) -> Result:
         began, Module.spent = time.perf_counter(), 0.0
@@ -93,26 +92,26 @@ def ours_from(method: str, make_callback: Callable[[Task], L.Callback]) -> Calla
             enable_model_summary=False,
         )
         trainer.fit(module, task.train_loader(seed))
-        settings = {"reported": 1 + getattr(callback, "gradients", 0) / task.steps}
-        values = getattr(callback, "hyperparameters", {})
-        return finish(method, task, seed, start, module, began, **settings, learned=dict(values))
+        return finish(
+            method,
+            task,
+            seed,
+            start,
+            module,
+            began,
+            reported=1 + getattr(callback, "gradients", 0) / task.steps,
+            learned=dict(getattr(callback, "hyperparameters", {})),
+        )
 
     return run
 
 
-def make_callback(task: Task, seed: int) -> L.Callback:
-    """`HyperGradient()` as it is by default. A candidate is another such function: `--callback module:function`."""
-    from hypergrad.callbacks import HyperGradient
-
-    return HyperGradient(val_dataloaders=task.hold_loader(seed))
-
-
 @dataclass(frozen=True)
 class Method:
-    """An entry of the list. `starts`: the initial lr it is run from; the number of the trial for the random search."""
+    """An entry of the list. `starts`: the initial lr it is run from, or the numbers of the trials."""
 
     name: str
-    run: Callable[[Task, int, float], Result]
+    run: Run
     starts: Sequence[float] = (0.0,)
 
 
@@ -121,4 +120,9 @@ METHODS = [
     Method("default", default),
     Method("ours", ours_from("ours", make_callback), STARTS),
     Method("plain", plain, STARTS),
+    Method("lr_find", single.lr_find),
+    Method("prodigy", single.prodigy),
+    Method("schedule-free", single.schedule_free),
+    Method("d-adaptation", single.d_adaptation),
+    Method("baydin", single.baydin, STARTS),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from .modules import FORWARD, Batch, Module
 from .tasks import Rows, Task
@@ -115,14 +117,15 @@ def cosine(steps: int) -> Callable[[int], float]:
     return lambda t: 0.5 + 0.5 * math.cos(math.pi * min(t / steps, 1.0))
 
 
-def optimizers(module: Module, steps: int, decay: bool = True) -> tuple[torch.optim.Optimizer, Any]:
-    """The module's own optimizer, with its own schedule; where it has none, with a cosine, if `decay`."""
+def scheduled(optimizer: torch.optim.Optimizer, task: Task) -> LambdaLR:
+    """The task's own schedule; where it has none, a cosine to 0."""
+    return LambdaLR(optimizer, (task.schedule or cosine)(task.steps))
+
+
+def own_optimizer(module: Module) -> torch.optim.Optimizer:
+    """The optimizer that the module's user wrote, without the schedule, if there is one."""
     configured = module.configure_optimizers()
-    if isinstance(configured, dict):
-        return configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    if not decay:
-        return configured, None
-    return configured, torch.optim.lr_scheduler.LambdaLR(configured, cosine(steps))
+    return configured["optimizer"] if isinstance(configured, dict) else configured
 
 
 def train(
@@ -130,8 +133,8 @@ def train(
     task: Task,
     seed: int,
     optimizer: torch.optim.Optimizer,
-    scheduler: Any = None,
-    after_step: AfterStep | None = None,
+    scheduler: LambdaLR | None,
+    after_step: AfterStep,
 ) -> int:
     """Train for `task.steps` steps, or until the loss is no number; returns the number of steps made."""
     module.train()
@@ -139,13 +142,12 @@ def train(
         optimizer.zero_grad()
         loss = module.training_step(batch, step - 1)
         if not math.isfinite(loss.item()):
-            return step
+            return step - 1
         loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        if after_step is not None:
-            after_step(step)
+        after_step(step)
     return task.steps
 
 
@@ -167,5 +169,35 @@ def finish(method: str, task: Task, seed: int, start: float, module: Module, beg
     )
 
 
-def readout_cost(task: Task, seed: int) -> float:
-    return CHECKPOINTS * 2 * FORWARD * len(task.sets(seed)[1]) / task.batch_size / task.steps
+def trained(
+    method: str,
+    task: Task,
+    seed: int,
+    start: float,
+    module: Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR | None,
+    began: float | None = None,
+    **settings: Any,
+) -> Result:
+    """One plain training, and what a readout makes of the same run.
+
+    The run itself knows nothing of its readout: the losses that the readout asks for are in `readout_cost`, not in
+    `cost`, but the seconds are those of both. What was spent before counts: set `Module.spent` to 0 at the beginning.
+    """
+    began, before = began or time.perf_counter(), Module.spent
+    _, hold, test = task.sets(seed)
+    readout = Readout(module, hold, task.steps)
+    made = train(module, task, seed, optimizer, scheduler, readout.after_step)
+    settings |= {"made": made, "readout": readout.choice}
+    result = finish(method, task, seed, start, module, began, **settings)
+    ended = {} if made == task.steps else {"test": math.inf, "hold": math.inf}
+    readout.load(readout.best)
+    return dataclasses.replace(
+        result,
+        **ended,
+        cost=round((before + made) / task.steps, 4),
+        readout_cost=round(CHECKPOINTS * 2 * FORWARD * len(hold) / task.batch_size / task.steps, 4),
+        readout_hold=number(readout.best_loss),
+        readout_test=evaluate(module, test),
+    )
