@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from one_run.competitors import METHODS, Method, ours_from
 from one_run.harness import Result
+from one_run.ranges import STARTS, TRIALS
+from one_run.report import Report, plot
 from one_run.tasks import TASKS, Task
 
 Job = tuple[Task, int, Method, float]
@@ -47,26 +49,34 @@ def load(path: Path) -> list[Result]:
     return results
 
 
+def methods(arguments: argparse.Namespace) -> list[Method]:
+    """Those asked for; prints a line for each that is not installed."""
+    found = []
+    for method in METHODS:
+        if method.name not in arguments.methods:
+            continue
+        if not method.is_installed:
+            print(f"{method.name}: not installed, `pip install {method.package}`")
+        elif method.name == "ours" and arguments.callback:
+            module, _, function = arguments.callback.partition(":")
+            make = getattr(importlib.import_module(module), function)
+            label = arguments.label or arguments.callback
+            found.append(Method(label, ours_from(label, make), method.starts))
+        else:
+            found.append(method)
+    return found
+
+
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """By seed, then by task: a file that is not complete yet has all tasks of the first seeds."""
+    """By seed, then by method: a file that is not complete yet has all tasks of the first seeds."""
+    starts = {"once": [0.0], "lr": arguments.starts, "trials": range(arguments.trials)}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        for method in METHODS:
-            if method.name not in arguments.methods:
-                continue
-            if method.name == "ours" and arguments.callback:
-                module, _, function = arguments.callback.partition(":")
-                make = getattr(importlib.import_module(module), function)
-                label = arguments.label or arguments.callback
-                method = Method(label, ours_from(label, make), method.starts)
+        for method in methods(arguments):
             for task in TASKS:
-                if task.name not in arguments.tasks:
-                    continue
-                task = dataclasses.replace(task, steps=arguments.steps) if arguments.steps else task
-                starts = method.starts if method.name == "random" else arguments.starts
-                if len(method.starts) == 1:
-                    starts = method.starts
-                for start in [*starts][: arguments.trials] if method.name == "random" else starts:
-                    yield task, seed, method, start
+                if task.name in arguments.tasks:
+                    task = dataclasses.replace(task, steps=arguments.steps or task.steps)
+                    for start in starts[method.starts]:
+                        yield task, seed, method, start
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,15 +95,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/one_run.jsonl"), help="file of results")
+    parser.add_argument("--out", type=Path, help="file of results (default: runs/one_run.jsonl)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th run, from the I-th")
     parser.add_argument("--tasks", nargs="+", help="names, or 'development' or 'confirmation'")
     parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--starts", type=float, nargs="+", default=[1e-6, 1e-4, 1e-2, 1.0, 10.0], help="initial lr")
+    parser.add_argument("--starts", type=float, nargs="+", default=list(STARTS), help="initial lr")
     parser.add_argument("--steps", type=int, help="steps of a run (default: by task)")
-    parser.add_argument("--trials", type=int, default=50, help="of the random search")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of the random search")
     parser.add_argument("--callback", metavar="MODULE:FUNCTION", help="makes the callback of 'ours' from task and seed")
     parser.add_argument("--label", help="name of the results of --callback")
     parser.add_argument("--quick", action="store_true", help="three tasks, short runs, few trials, one seed")
@@ -101,6 +111,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw test loss against cost and run nothing")
     parser.add_argument("--verbose", action="store_true", help="a line for each run")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.tasks, arguments.steps, arguments.seeds, arguments.starts = QUICK, 300, 1, [1e-4, 1.0]
+        arguments.methods = [m.name for m in METHODS if m.name != "tpe-asha"]
+    arguments.out = arguments.out or Path("runs/one_run_quick.jsonl" if arguments.quick else "runs/one_run.jsonl")
     kinds = {"development": False, "confirmation": True}
     names = [t.name for t in TASKS]
     asked = arguments.tasks or names
@@ -118,7 +132,13 @@ def main() -> None:
     torch.set_num_threads(1)  # models this small gain nothing from two, and shards would wait for each other
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`|log_every_n_steps).*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    run(arguments)
+    if not (arguments.report or arguments.plot):
+        run(arguments)
+    results = [r for r in load(arguments.out) if r.task in arguments.tasks and r.steps == (arguments.steps or r.steps)]
+    if arguments.report or arguments.quick:
+        print(Report(results, arguments.trials))
+    if arguments.plot:
+        plot(Report(results, arguments.trials), arguments.plot)
 
 
 if __name__ == "__main__":

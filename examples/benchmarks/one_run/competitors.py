@@ -6,24 +6,21 @@ own have the task's, or else a cosine to 0.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
 
-from . import single
+from . import search, single
 from .harness import Result, finish, own_optimizer, scheduled, trained
 from .modules import Module
+from .ranges import LR, TRIALS, WEIGHT_DECAY
 from .tasks import Task
-
-TRIALS = 50
-STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
-LR = (1e-5, 1.0)
-# Coupled decay acts on the gradient and is wanted at smaller values. Both ranges hold the good values of every task.
-WEIGHT_DECAY = {"AdamW": (1e-4, 10.0), "SGD": (1e-6, 1e-1)}
 
 Run = Callable[[Task, int, float], Result]  # of task, seed and start
 
@@ -108,21 +105,35 @@ def ours_from(method: str, make_callback: Callable[[Task, int], L.Callback]) -> 
 
 @dataclass(frozen=True)
 class Method:
-    """An entry of the list. `starts`: the initial lr it is run from, or the numbers of the trials."""
+    """An entry of the list.
+
+    Args:
+        name: what its results are called.
+        run: one run of it.
+        starts: what the third argument of `run` goes over: "once" for nothing, "lr" for the initial lr, "trials" for
+            the numbers of the random search's trials.
+        package: what has to be installed for it.
+    """
 
     name: str
     run: Run
-    starts: Sequence[float] = (0.0,)
+    starts: Literal["once", "lr", "trials"] = "once"
+    package: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 METHODS = [
-    Method("random", random, range(TRIALS)),
+    Method("random", random, "trials"),
     Method("default", default),
-    Method("ours", ours_from("ours", make_callback), STARTS),
-    Method("plain", plain, STARTS),
+    Method("ours", ours_from("ours", make_callback), "lr"),
+    Method("plain", plain, "lr"),
     Method("lr_find", single.lr_find),
-    Method("prodigy", single.prodigy),
-    Method("schedule-free", single.schedule_free),
-    Method("d-adaptation", single.d_adaptation),
-    Method("baydin", single.baydin, STARTS),
+    Method("prodigy", single.prodigy, package="prodigyopt"),
+    Method("schedule-free", single.schedule_free, package="schedulefree"),
+    Method("d-adaptation", single.d_adaptation, package="dadaptation"),
+    Method("baydin", single.baydin, "lr"),
+    Method("tpe-asha", search.tpe_asha, package="optuna"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import tempfile
 import time
@@ -34,7 +36,8 @@ def lr_find(task: Task, seed: int, start: float) -> Result:
             enable_model_summary=False,
         )
         module = task.module(seed, lr, weight_decay)
-        found = Tuner(trainer).lr_find(module, task.train_loader(seed), update_attr=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            found = Tuner(trainer).lr_find(module, task.train_loader(seed), update_attr=False)
     suggested = found.suggestion() if found is not None else None
     module = task.module(seed, suggested or lr, weight_decay)
     optimizer = own_optimizer(module)
@@ -58,7 +61,8 @@ def d_adaptation(task: Task, seed: int, start: float) -> Result:
     Module.spent = 0.0
     lr, weight_decay = task.default
     module = task.module(seed, lr, weight_decay)
-    optimizer = DAdaptAdam(module.parameters(), lr=1.0, weight_decay=weight_decay, decouple=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = DAdaptAdam(module.parameters(), lr=1.0, weight_decay=weight_decay, decouple=True)
     return trained("d-adaptation", task, seed, start, module, optimizer, scheduled(optimizer, task))
 
 
