@@ -81,6 +81,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
 
 def run(arguments: argparse.Namespace) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.out.exists() and arguments.out.read_text()[-1:] not in ("", "\n"):
+        arguments.out.write_text(arguments.out.read_text() + "\n")  # after a line that a kill cut short
     done = {key(r.task, r.steps, r.method, r.seed, r.start) for r in load(arguments.out)}
     part, parts = (int(n) for n in arguments.shard.split("/"))
     for i, (task, seed, method, start) in enumerate(jobs(arguments)):
