@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 @pytest.fixture
 def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on busy cores two threads wait for each other at every one of these small operations
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
     torch.set_num_threads(threads)
