@@ -111,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three tasks, short runs, few trials, one seed")
     parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw test loss against cost and run nothing")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="FILE", help="more results to report on")
     parser.add_argument("--verbose", action="store_true", help="a line for each run")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -136,7 +137,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if not (arguments.report or arguments.plot):
         run(arguments)
-    results = [r for r in load(arguments.out) if r.task in arguments.tasks and r.steps == (arguments.steps or r.steps)]
+    everything = [r for path in (arguments.out, *arguments.also) for r in load(path)]
+    steps = {t.name: arguments.steps or t.steps for t in TASKS if t.name in arguments.tasks}
+    results = [r for r in everything if r.steps == steps.get(r.task)]
     if arguments.report or arguments.quick:
         print(Report(results, arguments.trials))
     if arguments.plot:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .harness import Result, evaluate
 from .tasks import TASKS
@@ -66,6 +68,7 @@ class Row:
     worst: float
     worst_task: str
     spread: float
+    noise: float | None
     lost: int
     runs: int
     by_task: dict[str, float]
@@ -76,7 +79,8 @@ class Report:
     """Ratios to the reference, means over seeds and starts first, and then over tasks.
 
     A run that ends worse than the untrained network, or with no number, is counted as the untrained network, which is
-    kind to it; *lost* says how many those were. Tasks and seeds whose reference is not complete yet are left out.
+    kind to it; *lost* says how many those were. Of the ratios by start the worst over the best, and of those by seed
+    the standard deviation of the logarithm, are medians over tasks. Where the reference is incomplete nothing is said.
     """
 
     def __init__(self, results: list[Result], trials: int) -> None:
@@ -112,8 +116,10 @@ class Report:
 
     def _row(self, method: str, found: list[Score]) -> Row:
         by_task = {task: self._ratio(group) for task, group in _grouped(found, lambda s: s.task).items()}
-        spreads, by_start = [], defaultdict(list)
+        spreads, noises, by_start = [], [], defaultdict(list)
         for group in _grouped(found, lambda s: s.task).values():
+            logs = [math.log(self._ratio(runs)) for runs in _grouped(group, lambda s: s.seed).values()]
+            noises += [statistics.stdev(logs)] if len(logs) > 1 else []
             ratios = {start: self._ratio(runs) for start, runs in _grouped(group, lambda s: s.start).items()}
             spreads.append(max(ratios.values()) / min(ratios.values()))
             for start, ratio in ratios.items():
@@ -125,6 +131,7 @@ class Report:
             worst=max(by_task.values()),
             worst_task=max(by_task, key=lambda task: by_task[task]),
             spread=statistics.median(spreads),
+            noise=statistics.median(noises) if noises else None,
             lost=sum(self.is_lost(s) for s in found),
             runs=len(found),
             by_task=by_task,
@@ -138,19 +145,24 @@ class Report:
             if not rows:
                 continue
             names = [t.name for t in TASKS if t.is_confirmation is confirmation]
-            lines += [
-                f"\n{half} tasks: test loss relative to {self.name}",
-                "| method | cost | geometric mean | worst task | worst/best start, median | lost | "
-                + " | ".join(names)
-                + " |",
-                "|---" * (6 + len(names)) + "|",
+            head = [
+                "method",
+                "cost",
+                "geometric mean",
+                "worst task",
+                "worst/best start",
+                "between seeds",
+                "lost",
+                *names,
             ]
+            lines += [f"\n{half} tasks: test loss relative to {self.name}"]
+            lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             for row in rows:
-                cells = [f"{row.by_task[name]:.2f}" if name in row.by_task else "" for name in names]
-                lines.append(
-                    f"| {row.method} | {row.cost:.2f} | {row.mean:.3f} | {row.worst:.2f} {row.worst_task} "
-                    f"| {row.spread:.2f} | {row.lost}/{row.runs} | " + " | ".join(cells) + " |"
-                )
+                noise = "" if row.noise is None else f"{row.noise:.2f}"
+                cells = [row.method, f"{row.cost:.2f}", f"{row.mean:.3f}", f"{row.worst:.2f} {row.worst_task}"]
+                cells += [f"{row.spread:.2f}", noise, f"{row.lost}/{row.runs}"]
+                cells += [f"{row.by_task[name]:.2f}" if name in row.by_task else "" for name in names]
+                lines.append("| " + " | ".join(cells) + " |")
             lines += ["", f"by start: geometric mean over the {half} tasks"]
             lines += [
                 f"  {row.method:28}" + "".join(f"{start:>9g}: {mean:.2f}" for start, mean in row.by_start.items())
@@ -169,8 +181,8 @@ class Report:
         return "\n".join(lines)
 
 
-def _grouped(found: Iterable[Score], key: Callable[[Score], str | float]) -> dict[str | float, list[Score]]:
-    groups: dict[str | float, list[Score]] = defaultdict(list)
+def _grouped(found: Iterable[Score], key: Callable[[Score], Any]) -> dict[Any, list[Score]]:
+    groups: dict[Any, list[Score]] = defaultdict(list)
     for score in found:
         groups[key(score)].append(score)
     return groups
