@@ -14,6 +14,7 @@ from .harness import Result, evaluate
 from .tasks import TASKS
 
 SEARCHES = (8, 16, 50)
+READOUT = " + readout"
 HALVES = {"confirmation": True, "development": False}
 
 
@@ -39,7 +40,7 @@ def scores(results: Iterable[Result]) -> list[Score]:
         found.append(Score(r.task, r.seed, r.method, r.start, r.test, r.cost))
         if r.readout_test is not None:
             cost = r.cost + r.readout_cost
-            found.append(Score(r.task, r.seed, f"{r.method} + readout", r.start, r.readout_test, cost))
+            found.append(Score(r.task, r.seed, f"{r.method}{READOUT}", r.start, r.readout_test, cost))
     for (task, seed), runs in trials.items():
         first = sorted(runs, key=lambda r: r.start)
         for size in (s for s in SEARCHES if s <= len(runs)):
@@ -54,7 +55,7 @@ def _search(task: str, seed: int, runs: list[Result]) -> list[Score]:
     more = sum(r.readout_cost for r in runs)
     return [
         Score(task, seed, name, 0.0, chosen.test, cost),
-        Score(task, seed, f"{name} + readout", 0.0, read.readout_test, cost + more),
+        Score(task, seed, f"{name}{READOUT}", 0.0, read.readout_test, cost + more),
     ]
 
 
@@ -189,23 +190,41 @@ def _grouped(found: Iterable[Score], key: Callable[[Score], Any]) -> dict[Any, l
 
 
 def plot(report: Report, path: Path) -> None:
-    """Cost against the geometric mean over tasks, one panel for each half; a bar reaches up to the worst task."""
+    """Cost against the geometric mean over tasks, one panel for each half; a bar reaches up to the worst task.
+
+    A ring is the same run with a readout. Labels stand beside their points, apart from each other.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(HALVES), figsize=(13, 6), sharey=True)
-    for axis, (half, confirmation) in zip(axes, HALVES.items(), strict=True):
-        for row in report.rows(confirmation):
-            ours = row.method.startswith("ours")
-            colour = "tab:red" if ours else "tab:blue" if row.method.startswith("rs") else "tab:gray"
-            axis.plot([row.cost, row.cost], [row.mean, row.worst], color=colour, alpha=0.25)
-            axis.plot(row.cost, row.mean, "o", color=colour, mfc="white" if "readout" in row.method else colour)
-            axis.annotate(row.method, (row.cost, row.mean), xytext=(5, 2), textcoords="offset points", fontsize=7)
+    halves = {half: rows for half, kind in HALVES.items() if (rows := report.rows(kind))}
+    figure, axes = pyplot.subplots(1, len(halves), figsize=(7 * len(halves), 7), sharey=True, squeeze=False)
+    for axis, (half, rows) in zip(axes[0], halves.items(), strict=True):
+        floor = {True: 0.0, False: 0.0}  # of the next label, cheap and dear
+        for row in rows:  # the lowest first
+            read_out = row.method.endswith(READOUT)
+            colour = "tab:blue" if row.method.startswith("rs") else "tab:red" if "ours" in row.method else "tab:gray"
+            axis.plot([row.cost, row.cost], [row.mean, row.worst], color=colour, alpha=0.2)
+            axis.plot(row.cost, row.mean, "o", color=colour, mfc="white" if read_out else colour)
+            if read_out:
+                raw = next(r for r in rows if r.method == row.method.removesuffix(READOUT))
+                axis.plot([raw.cost, row.cost], [raw.mean, row.mean], ":", color=colour, lw=0.8, zorder=0)
+            if not read_out:
+                cheap = row.cost < 4
+                at = floor[cheap] = max(row.mean, floor[cheap] * 1.09)
+                axis.annotate(
+                    row.method,
+                    (row.cost, row.mean),
+                    xytext=(2.0 if cheap else 1.15 * row.cost, at),
+                    fontsize=8,
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colour},
+                )
         axis.axhline(1.0, color="black", lw=0.5)
-        axis.set(xscale="log", yscale="log", title=f"{half} tasks", xlabel="cost in plain trainings")
-    axes[0].set_ylabel(f"test loss relative to {report.name}: geometric mean, up to the worst task")
+        axis.set(xscale="log", yscale="log", xlim=(0.7, 120), title=f"{half} tasks", xlabel="cost in plain trainings")
+    axes[0][0].set_ylabel(f"test loss relative to {report.name}: geometric mean, up to the worst task")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
