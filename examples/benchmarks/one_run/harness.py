@@ -49,11 +49,11 @@ def number(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def evaluate(module: Module, rows: Rows, chunk: int | None = None) -> float:
+def evaluate(module: Module, rows: Rows) -> float:
     """Mean loss in eval mode, in chunks of the batch size: a contrastive loss depends on it."""
     was_training = module.training
     module.eval()
-    size, total = chunk or module.batch_size, 0.0
+    size, total = module.batch_size, 0.0
     with torch.no_grad():
         for first in range(0, len(rows), size):
             batch = tuple(t[first : first + size] for t in rows.tensors)

@@ -200,12 +200,13 @@ def friedman(seed: int) -> Sets:
 def breast_cancer(seed: int) -> Sets:
     """30 measurements of a patient among 200 numbers that mean nothing; drawn 8 times for the test, which is small."""
     x, y = load_breast_cancer(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
-    train, hold, test = _cut(((x - x.mean(0)) / x.std(0), y), (200, 120), seed)
+    train, hold, test = _cut((torch.tensor(x, dtype=torch.float32), torch.tensor(y)), (200, 120), seed)
+    known = train.tensors[0]
     draw = torch.Generator().manual_seed(seed)
 
     def widened(rows: Rows, times: int) -> Rows:
         x, y = (t.repeat(times, *[1] * (t.ndim - 1)) for t in rows.tensors)
+        x = (x - known.mean(0)) / known.std(0)
         return Rows(torch.cat([x, torch.randn(len(x), 200, generator=draw)], 1), y)
 
     return widened(train, 1), widened(hold, 1), widened(test, 8)
