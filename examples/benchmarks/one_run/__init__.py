@@ -1,0 +1,1 @@
+"""The parts of `examples/benchmarks/one_run.py`: tasks, competitors, and the harness that runs them."""

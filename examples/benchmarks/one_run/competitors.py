@@ -1,0 +1,145 @@
+"""What one run is measured against; each method is a function of task, seed and start, and an entry in `METHODS`.
+
+All get the same batches and initial weights and the two sets that everyone gets. Those that bring no schedule of their
+own have the task's, or else a cosine to 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning as L
+import torch
+
+from . import search, single
+from .harness import Result, finish, own_optimizer, scheduled, trained
+from .modules import Module
+from .ranges import LR, TRIALS, WEIGHT_DECAY
+from .tasks import TASKS, Task
+
+Run = Callable[[Task, int, float], Result]  # of task, seed and start
+
+
+def between(low: float, high: float, u: float) -> float:
+    """The point at the fraction `u` of the way, in logarithms."""
+    return low * math.exp(math.log(high / low) * u)
+
+
+def draw(task: Task, seed: int, trial: int) -> tuple[float, float]:
+    """lr and weight decay of a trial of the random search.
+
+    Each task has its own draws, so that one draw's luck does not count for all of them; but for seed 0, of which all
+    have the same.
+    """
+    position = [t.name for t in TASKS].index(task.name)
+    generator = torch.Generator().manual_seed(1000 + seed * (1 + position))
+    u, v = torch.rand(TRIALS, 2, generator=generator)[trial].tolist()
+    return between(*LR, u), between(*WEIGHT_DECAY[task.optimizer], v)
+
+
+def at(method: str, task: Task, seed: int, start: float, lr: float, weight_decay: float) -> Result:
+    """The task's optimizer at these settings."""
+    Module.spent = 0.0
+    module = task.module(seed, lr, weight_decay)
+    optimizer = own_optimizer(module)
+    decay = scheduled(optimizer, task)
+    return trained(method, task, seed, start, module, optimizer, decay, lr=lr, weight_decay=weight_decay)
+
+
+def random(task: Task, seed: int, start: float) -> Result:
+    """Trial number `start` of the random search; the report takes the best of the first 8, 16 and 50."""
+    return at("random", task, seed, start, *draw(task, seed, int(start)))
+
+
+def default(task: Task, seed: int, start: float) -> Result:
+    return at("default", task, seed, start, *task.default)
+
+
+def plain(task: Task, seed: int, start: float) -> Result:
+    """What the user's module does by itself at this lr: its own schedule, or none."""
+    Module.spent = 0.0
+    module = task.module(seed, start, task.default[1])
+    optimizer = own_optimizer(module)
+    own = scheduled(optimizer, task) if task.schedule else None
+    return trained("plain", task, seed, start, module, optimizer, own)
+
+
+def make_callback(task: Task, seed: int) -> L.Callback:
+    """`HyperGradient()` as it is by default. A candidate is another such function: `--callback module:function`."""
+    from hypergrad.callbacks import HyperGradient
+
+    return HyperGradient(val_dataloaders=task.hold_loader(seed))
+
+
+def ours_from(method: str, make_callback: Callable[[Task, int], L.Callback]) -> Run:
+    """A method that fits in a real Trainer with one callback more, and takes the weights that the run ends with."""
+
+    def run(task: Task, seed: int, start: float) -> Result:
+        began, Module.spent = time.perf_counter(), 0.0
+        callback = make_callback(task, seed)
+        module = task.module(seed, start, task.default[1])
+        trainer = L.Trainer(
+            max_steps=task.steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            devices=1,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, task.train_loader(seed))
+        return finish(
+            method,
+            task,
+            seed,
+            start,
+            module,
+            began,
+            reported=1 + getattr(callback, "gradients", 0) / task.steps,
+            learned=dict(getattr(callback, "hyperparameters", {})),
+        )
+
+    return run
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of the list.
+
+    Args:
+        name: what its results are called.
+        run: one run of it.
+        starts: what the third argument of `run` goes over: "once" for nothing, "lr" for the initial lr, "trials" for
+            the numbers of the random search's trials.
+        package: what has to be installed for it.
+    """
+
+    name: str
+    run: Run
+    starts: Literal["once", "lr", "trials"] = "once"
+    package: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+METHODS = [
+    Method("random", random, "trials"),
+    Method("default", default),
+    Method("ours", ours_from("ours", make_callback), "lr"),
+    Method("plain", plain, "lr"),
+    Method("lr_find", single.lr_find),
+    Method("prodigy", single.prodigy, package="prodigyopt"),
+    Method("schedule-free", single.schedule_free, package="schedulefree"),
+    Method("d-adaptation", single.d_adaptation, package="dadaptation"),
+    Method("baydin", single.baydin, "lr"),
+    Method("tpe-asha", search.tpe_asha, package="optuna"),
+]
