@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -9,9 +10,18 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from hypergrad import Estimator, HyperparameterError, Measurement, OptimizerHyperparameter, Tracker, Tuner
+from hypergrad import (
+    Estimator,
+    HypergradError,
+    HyperparameterError,
+    Measurement,
+    OptimizerHyperparameter,
+    Tracker,
+    Tuner,
+    raw_step,
+)
 from hypergrad.callbacks._history import Stopwatch
-from hypergrad.callbacks._training import TrainingLoss
+from hypergrad.callbacks._training import StepLoss, TrainingLoss
 
 
 class Attachment:
@@ -45,7 +55,13 @@ class Attachment:
         self.tracker: Tracker = estimator.track(optimizer, hyperparameters, tensors)
         self.training_loss: TrainingLoss | None = None  # set where the tracker needs one
         self.watch: Stopwatch | None = None  # set to measure what tracking costs within training steps
+        self.shape: Callable[[int], float] | None = None  # a factor on the scheduled lr, by step
+        self.stepped: Callable[[StepLoss | None], None] | None = None  # hears of each step, right after it
+        self.measures = True
+        # Hears that the step's loss cannot be evaluated again, where that is no error.
+        self.without_replay: Callable[[HypergradError], None] | None = None
         self._every_step = estimator.needs_every_step
+        self._loss: StepLoss | None = None
         self._tracked = False
         self.steps = steps
         self.measured_at = steps - steps % every_n_steps
@@ -89,7 +105,7 @@ class Attachment:
         return self._layout
 
     def values(self) -> dict[str, float]:
-        """The value that the next step would use, by key."""
+        """The value that the next step would use, by key; of lr without its shape over the run."""
         values: dict[str, float] = {}
         for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
             values.update(self._tuner.values(group, mine))
@@ -112,6 +128,30 @@ class Attachment:
             for key, h in mine.items()
             if key in self._used and i < len(hypergradients[h.name])
         ]
+
+    def place_lr(self, offset: float) -> None:
+        """Let the learning rates of all param groups be `exp(offset)` times what the schedule says."""
+        for mine in self.layout():
+            for key, hyperparameter in mine.items():
+                if hyperparameter.name == "lr":
+                    self._tuner.place(key, offset)
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the learning rates of all param groups, beside all that has been learned."""
+        for mine in self.layout():
+            for key, hyperparameter in mine.items():
+                if hyperparameter.name == "lr":
+                    self._tuner.place(key, self._tuner.offset(key) + math.log(factor))
+
+    def step_again(self) -> None:
+        """One more update with the gradients that stand there, under the learned values; no hook hears of it."""
+        self.steps -= 1  # the step that it repeats
+        self._apply_learned()
+        try:
+            raw_step(self.optimizer)
+        finally:
+            self._restore_schedule()
+            self.steps += 1
 
     def batch_ended(self) -> None:
         """No step is under way, also if one raised and was caught."""
@@ -150,16 +190,28 @@ class Attachment:
     def _before_update(self) -> None:
         self._apply_learned()
         due = self._every_step or self.steps + 1 - self.measured_at >= self._every_n_steps
+        due = due and self.measures
         if self.training_loss is None and not due:
             self._tracked = True
             return
         with self.watch.running() if self.watch is not None else nullcontext():
-            loss = self.training_loss.of_this_step() if self.training_loss is not None else None
+            loss = self._loss_of_this_step()
             # A batch for which training_step returned None has no gradient, and moves nothing.
-            self._tracked = self.training_loss is None or loss is not None
+            self._tracked, self._loss = self.training_loss is None or loss is not None, loss
             if self._tracked and due:
                 with torch.no_grad():
                     self.tracker.before_step(loss)
+
+    def _loss_of_this_step(self) -> StepLoss | None:
+        if self.training_loss is None:
+            return None
+        try:
+            return self.training_loss.of_this_step()
+        except HypergradError as error:
+            if self.without_replay is None:
+                raise
+            self.without_replay(error)
+            return None
 
     def _after_step(self, *_: Any) -> None:
         self._depth -= 1
@@ -167,23 +219,28 @@ class Attachment:
             return
         self._restore_schedule()
         self.steps += 1
-        due = self.steps - self.measured_at >= self._every_n_steps and self._tracked
-        if self._tracked and (due or self._every_step):
+        due = self.measures and self._tracked and self.steps - self.measured_at >= self._every_n_steps
+        if self.measures and self._tracked and (due or self._every_step):
             with torch.no_grad():
                 self.tracker.after_step()
         self.pending = due and len(self.tracker.params) > 0
+        if self.stepped is not None:
+            self.stepped(self._loss)
 
     def _apply_learned(self) -> None:
         self._restore_schedule()  # a step that raised, or a closure that was called twice
         self._used = {}
         for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
-            for (key, hyperparameter), (scheduled, value) in zip(
-                mine.items(), self._tuner.pairs(group, mine), strict=True
-            ):
+            pairs = self._tuner.pairs(self._shaped(group), mine)
+            for (key, hyperparameter), (scheduled, value) in zip(mine.items(), pairs, strict=True):
                 self._used[key] = (scheduled, value)
-                if value != scheduled:
+                if value != hyperparameter.read(group):
                     self._scheduled.append((group, hyperparameter.key, group[hyperparameter.key]))
                     hyperparameter.write(group, value)
+
+    def _shaped(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The param group as the schedule and the shape over the run have it."""
+        return group if self.shape is None else {**group, "lr": group["lr"] * self.shape(self.steps)}
 
     def _restore_schedule(self) -> None:
         while self._scheduled:  # last written first: of two entries of one tuple, the oldest value is restored last

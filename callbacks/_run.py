@@ -12,10 +12,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hypergrad import (
+    Cautious,
     ConfigurationError,
     Contraction,
     Controller,
+    Descent,
     Estimator,
+    Frozen,
     Hyperparameter,
     Implicit,
     Measurement,
@@ -30,8 +33,10 @@ from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
 from hypergrad.callbacks._lightning import validation_loaders
+from hypergrad.callbacks._pieces import Pieces
+from hypergrad.callbacks._plan import Wishes, make_plan
 from hypergrad.callbacks._training import TrainingLoss
-from hypergrad.callbacks._validation import ValidationLoss
+from hypergrad.callbacks._validation import Score, ValidationLoss
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Settings:
     monitor: str
     mode: Literal["min", "max"]
     val_dataloaders: Iterable[Any] | None
-    every_n_steps: int
-    controller: Controller
+    every_n_steps: int | None
+    controller: Controller | None
     seed: int
+    wishes: Wishes
 
     @property
     def sign(self) -> float:
@@ -83,7 +89,10 @@ class Run:
         self.first_values: dict[str, float] = {}
         self._trainer = trainer
         self._settings = settings
-        self._tuner = Tuner(copy.deepcopy(settings.controller))  # every run starts with a fresh one
+        learns_lr = "lr" in names_of(settings.of_optimizers)
+        self.plan = make_plan(settings.wishes, trainer, module, learns_lr, settings.every_n_steps)
+        self._tuner = Tuner(self._controller())
+        self._pieces: Pieces | None = None
         self._watch = Stopwatch(trainer.strategy.root_device)
         self._training_watch = Stopwatch(trainer.strategy.root_device)
         self._tracking_watch = Stopwatch(trainer.strategy.root_device)  # ours, and within training steps
@@ -91,7 +100,7 @@ class Run:
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
         self._modules = settings.in_loss(module)
-        self._names = [h if isinstance(h, str) else h.name for h in settings.of_optimizers] + list(self._modules)
+        self._names = names_of(settings.of_optimizers) + list(self._modules)
         self._training_loss: TrainingLoss | None = None
         self._warned: set[str] = set()
         loader, index, several = _hyper_validation_data(trainer, settings)
@@ -101,6 +110,7 @@ class Run:
         try:
             self._attach(trainer.optimizers)
             self._try_validation_loss(loader)
+            self._add_pieces(loader)
         except BaseException:
             self.detach()
             raise
@@ -112,6 +122,8 @@ class Run:
             attachment.detach()
         if self._training_loss is not None:
             self._training_loss.detach()
+        if self._pieces is not None:
+            self._pieces.detach()
         self._final_values = self.values
 
     @property
@@ -143,6 +155,8 @@ class Run:
         """The optimizer's gradients are set to zero."""
         if self._training_loss is not None:
             self._training_loss.gradients_cleared()
+        if self._pieces is not None:
+            self._pieces.gradients_cleared()
 
     def batch_ended(self) -> None:
         """A training batch has been trained on."""
@@ -150,7 +164,15 @@ class Run:
         self.training_batches += 1
         for attachment in self._attachments:
             attachment.batch_ended()
-        self.steps = max((a.steps for a in self._attachments), default=0)
+        before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
+        if self._pieces is not None:
+            with self._watch.running():
+                self._pieces.batch_ended(self.steps > before)
+
+    def finish(self) -> None:
+        """The fit has come to its end: let the readout choose the weights."""
+        if self._pieces is not None:
+            self._pieces.finish()
 
     def update(self) -> Update:
         """Take the hypergradient of the tracked steps and let the controller move."""
@@ -174,6 +196,7 @@ class Run:
             "first_values": dict(self.first_values),
             "training_batches": self.training_batches,
             "gradients": self.gradients,
+            "pieces": None if self._pieces is None else self._pieces.state_dict(),
             "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
         }
 
@@ -191,6 +214,8 @@ class Run:
         for attachment, steps, measured_at in progress:
             attachment.steps, attachment.measured_at = steps, measured_at
         self._stream.load_state_dict(state["stream"])
+        if self._pieces is not None and state["pieces"] is not None:
+            self._pieces.load_state_dict(state["pieces"])
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
         self.training_batches, self.gradients = state["training_batches"], state["gradients"]
@@ -217,6 +242,25 @@ class Run:
     def _spent(self) -> str:
         again = self._training_loss.evaluations if self._training_loss is not None else 0
         return f"{self.gradients} validation gradients" + (f" and {again} further training gradients" if again else "")
+
+    def _controller(self) -> Controller:
+        """A fresh one for every run: the user's, or what suits the plan."""
+        if self._settings.controller is not None:
+            return copy.deepcopy(self._settings.controller)
+        if self.plan.race is None:
+            return Cautious(Descent())
+        return Frozen(Descent(2.0, travel=100.0), ("lr",))
+
+    def _add_pieces(self, loader: Iterable[Any]) -> None:
+        plan = self.plan
+        if self._settings.wishes.race == "auto" and plan.why_no_race:
+            rank_zero_info(f"HyperGradient: no race of learning rates ({plan.why_no_race}).")
+        self._tuner.controller.begin(plan.updates)
+        if plan.steps is None:
+            return
+        score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
+        parts = (plan, self._trainer, self._trainer.lightning_module, self._attachments[0], score, self._tuner)
+        self._pieces = Pieces(*parts)
 
     def _load_trackers(self, state: dict[str, Any]) -> None:
         estimator = self._settings.estimator
@@ -249,7 +293,7 @@ class Run:
             hyperparameters = resolve(optimizer, names) if names or not (tensors or implicit) else ()
             attachment = Attachment(
                 *(i, optimizer, hyperparameters, settings.estimator, tensors, self._tuner),
-                *(settings.every_n_steps, steps),
+                *(self.plan.every_n_steps, steps),
             )
             self._attachments.append(attachment)
             attachment.watch = self._tracking_watch
@@ -279,6 +323,8 @@ class Run:
             attachment.measured()
         value, measurements = self._measured(loss, due, contractions)
         sign, labels = self._settings.sign, self._labels()
+        if self._pieces is not None and self._pieces.saw(sign * value):
+            return Update(self.steps, value, self.values, {}, skipped="rewound")
         self._schedule.update({labels[m.key]: (m.scheduled, m.value) for m in measurements})
         values = {labels[m.key]: m.value for m in measurements}
         hypergradients = {labels[m.key]: m.hypergradient for m in measurements}
@@ -371,6 +417,11 @@ class Run:
                         parts.append(names[at])
                     labels[key] = "/".join(parts)
         return labels
+
+
+def names_of(hyperparameters: Sequence[str | OptimizerHyperparameter]) -> list[str]:
+    """What each is called."""
+    return [h if isinstance(h, str) else h.name for h in hyperparameters]
 
 
 def _described(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +34,16 @@ class TrainingLoss:
 
     Args:
         trainer, module: of the fit.
+        exact: whether the gradient of a step must be that of the loss itself, not clipped or changed by a hook.
 
     Raises:
         ConfigurationError: where the gradient of a step is not that of the losses that `training_step` returned.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        _check(trainer, module)
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, *, exact: bool = True) -> None:
+        if exact:
+            _check(trainer, module)
+        self._exact = exact
         self.evaluations = 0
         self._trainer = trainer
         self._module = module
@@ -50,6 +53,11 @@ class TrainingLoss:
         self._own = module.__dict__.get("training_step")  # of the instance, which is rare
         self._learned = {id(m.value) for m in loss_hyperparameters(module).values()}
         module.__dict__["training_step"] = _Recorder(self, module, self._step)
+
+    @property
+    def loss_scale(self) -> float:
+        """What keeps gradients that flow through float16 from underflow; a power of two changes no digit."""
+        return 1024.0 if str(self._trainer.precision).startswith("16") else 1.0
 
     def detach(self) -> None:
         """Leave the module as it was found."""
@@ -63,7 +71,7 @@ class TrainingLoss:
         """Run `training_step`, and remember the call if it is one of training that found a loss."""
         if not self._trainer.training:  # validation_step may call it too
             return self._step(*args, **kwargs)
-        rng, buffers = RngState.capture(), self._buffers()
+        rng, buffers = RngState.capture(), self.buffers()
         progress = [state.state_dict() for state in _progress(self._trainer)]
         output = self._step(*args, **kwargs)
         loss = _loss_of(output)
@@ -75,7 +83,7 @@ class TrainingLoss:
         """The gradients are set to zero: of what was called before, only the loss that is about to be used counts."""
         del self._calls[:-1]
 
-    def of_this_step(self) -> Callable[[], torch.Tensor] | None:
+    def of_this_step(self) -> StepLoss | None:
         """The loss whose gradient the coming optimizer step takes: of all batches since the last step, accumulated.
 
         None where `training_step` gave none.
@@ -87,18 +95,17 @@ class TrainingLoss:
         calls, self._calls = self._calls, []
         if not calls:
             return None
-        accumulated = self._trainer.accumulate_grad_batches  # may follow a schedule of its own
-
-        def again() -> torch.Tensor:
-            self.evaluations += 1
-            return torch.stack([self._evaluate(call) for call in calls]).sum() / accumulated
-
+        # The number of accumulated batches may follow a schedule of its own.
+        again = StepLoss(self, calls, self._trainer.accumulate_grad_batches)
         if not self._checked and bool(calls[-1].value.isfinite()):
             self._check_replay(calls, again)
             self._checked = True
         return again
 
-    def _evaluate(self, call: _Call) -> torch.Tensor:
+    def evaluate(
+        self, call: _Call, buffers: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a call, from the buffers of then or from other ones; and what it makes of those other ones."""
         trainer, module = self._trainer, self._module
         with (
             preserved_rng(),
@@ -108,18 +115,20 @@ class TrainingLoss:
             torch.enable_grad(),
         ):
             call.rng.restore()
-            self._put_buffers(call.buffers)
+            self._put_buffers(call.buffers if buffers is None else buffers)
             with trainer.precision_plugin.train_step_context():
                 output = self._step(*call.args, **call.kwargs)
+            after = {} if buffers is None else self.buffers()
         loss = _loss_of(output)
         if loss is None or not loss.requires_grad:
             raise NotDifferentiableError(
                 f"{type(module).__name__}.training_step returns {type(output).__name__} without a loss to "
                 "differentiate again: return the loss tensor, or a dict with it as 'loss'."
             )
-        return loss.reshape(())
+        return loss.reshape(()), after
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Copies of the module's buffers, by name."""
         # Values of hyperparameters are no state of the step: they are what it is differentiated with respect to.
         return {n: b.detach().clone() for n, b in self._module.named_buffers() if id(b) not in self._learned}
 
@@ -138,7 +147,7 @@ class TrainingLoss:
         name = type(self._module).__name__
         half = str(self._trainer.precision) not in ("32-true", "64-true", "32", "64")
         tolerance = 0.02 if half else 1e-3
-        value, expected = self._evaluate(calls[-1]).item(), calls[-1].value.item()
+        value, expected = self.evaluate(calls[-1])[0].item(), calls[-1].value.item()
         if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-6):
             raise NotDifferentiableError(
                 f"{name}.training_step gives another loss ({value:.6g}, not {expected:.6g}) when it is run again on "
@@ -146,6 +155,8 @@ class TrainingLoss:
                 "on something that changes, such as a random generator of its own. Use Online() with hyperparameters "
                 "of the optimizer only, which needs no second run."
             )
+        if not self._exact:
+            return
         params = [p for p in self._module.parameters() if p.requires_grad and p.grad is not None]
         grads = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
         off = sum(float((g - p.grad).norm().square()) for g, p in zip(grads, params, strict=True) if p.grad is not None)
@@ -156,6 +167,43 @@ class TrainingLoss:
                 "returns: they are clipped, scaled or changed by a hook on their way. Use Online() with "
                 "hyperparameters of the optimizer only, which takes them as they are."
             )
+
+
+class StepLoss:
+    """The loss of one optimizer step: called, it is evaluated as the step saw it."""
+
+    def __init__(self, owner: TrainingLoss, calls: list[_Call], accumulated: int) -> None:
+        self._owner, self._calls, self._accumulated = owner, calls, accumulated
+
+    @property
+    def value(self) -> float:
+        """What the step found."""
+        return float(torch.stack([call.value.float().reshape(()) for call in self._calls]).sum()) / self._accumulated
+
+    def __call__(self) -> torch.Tensor:
+        self._owner.evaluations += 1
+        losses = [self._owner.evaluate(call)[0] for call in self._calls]
+        return torch.stack(losses).sum() / self._accumulated
+
+    def gradients(
+        self, params: Sequence[torch.Tensor]
+    ) -> tuple[float, list[torch.Tensor | None], dict[str, torch.Tensor]]:
+        """The same batches and randomness for other weights and buffers, those that stand in the module now.
+
+        Returns:
+            the loss, its gradients (None where it does not depend on a parameter), and the buffers afterwards.
+        """
+        owner = self._owner
+        owner.evaluations += 1
+        scale = owner.loss_scale
+        buffers, value = owner.buffers(), 0.0
+        total: list[torch.Tensor | None] = [None] * len(params)
+        for call in self._calls:
+            loss, buffers = owner.evaluate(call, buffers)
+            grads = torch.autograd.grad(loss * (scale / self._accumulated), params, allow_unused=True)
+            total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+            value += float(loss.detach()) / self._accumulated
+        return value, total if scale == 1.0 else [None if t is None else t / scale for t in total], buffers
 
 
 class _Recorder:

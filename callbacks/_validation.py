@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from hypergrad import ConfigurationError, NotDifferentiableError, gradient, requiring_grad
+from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved_rng, requiring_grad
+from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._lightning import to_device
 from hypergrad.callbacks._quietly import quietly
 
@@ -59,6 +60,17 @@ class ValidationLoss:
                 scale = 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
                 gradients = gradient(loss, params, self.module, scale=scale)
         return loss.detach(), gradients
+
+    def value(self, batch: Any, batch_idx: int) -> float:
+        """The monitored value alone, without a graph, on one batch as the loader gave it."""
+        with self._as_validation(()) as logged:
+            batch = to_device(self.trainer, self.module, batch, self.dataloader_idx)
+            with torch.inference_mode(False), torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+                output = self.module.validation_step(*self._arguments(batch, batch_idx))
+            found: Any = self._logged(logged, output)
+            # `check` has seen that one of the two is there: a loss that is returned, but not logged.
+            found = found if found is not None else output.get("loss") if isinstance(output, dict) else output
+            return float(found)
 
     def check(self, batch: Any, params: Sequence[torch.Tensor]) -> None:
         """Try it once, at the start: whatever cannot work is said now.
@@ -123,10 +135,7 @@ class ValidationLoss:
 
     def _loss(self, logged: dict[str, Any], output: Any) -> torch.Tensor:
         """The monitored value; what was returned stands in for it only where that is certain to be the same."""
-        name = self.monitor.partition("/dataloader_idx_")[0]
-        found = logged.get(self.monitor, logged.get(name))
-        if found is None and isinstance(output, dict):
-            found = output.get(name)
+        found = self._logged(logged, output)
         returned = output.get("loss") if isinstance(output, dict) else output
         detached = not (isinstance(found, torch.Tensor) and found.requires_grad)
         if detached and isinstance(returned, torch.Tensor) and returned.requires_grad:
@@ -145,6 +154,12 @@ class ValidationLoss:
                 "instance its mean()."
             )
         return found.reshape(())
+
+    def _logged(self, logged: dict[str, Any], output: Any) -> Any:
+        """What stands under the monitored key, in what was logged or in a dict that was returned."""
+        name = self.monitor.partition("/dataloader_idx_")[0]
+        found = logged.get(self.monitor, logged.get(name))
+        return output.get(name) if found is None and isinstance(output, dict) else found
 
     def _diagnosis(self, found: Any, logged: dict[str, Any], output: Any) -> str:
         name = type(self.module).__name__
@@ -165,6 +180,34 @@ class ValidationLoss:
             f"{name}.validation_step log the loss tensor itself, self.log({self.monitor!r}, loss), or monitor the key "
             "under which it is logged; accuracies, metric objects and Python numbers can stand beside it."
         )
+
+
+class Score:
+    """The mean validation loss over a few batches, the same ones with the same randomness at every call.
+
+    Args:
+        loss: how a batch is evaluated.
+        stream: where the batches come from; read once, at the start.
+        batches: how many, at least 1.
+    """
+
+    def __init__(self, loss: ValidationLoss, stream: BatchStream, batches: int) -> None:
+        self.evaluations = 0
+        self._loss = loss
+        self._sign = 1.0 if loss.mode == "min" else -1.0
+        self._batches: list[Any] = []
+        for _ in range(batches):
+            with stream.next() as batch:
+                self._batches.append(batch)
+
+    def __call__(self) -> float:
+        """The mean, negated where a larger one is better: the lower the better. NaN or infinity where one is that."""
+        self.evaluations += len(self._batches)
+        total = 0.0
+        for i, batch in enumerate(self._batches):
+            with preserved_rng(i):
+                total += self._loss.value(batch, i)
+        return self._sign * total / len(self._batches)
 
 
 @lru_cache(maxsize=8)  # inspecting a signature costs more than a small network's forward pass

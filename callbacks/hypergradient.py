@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,18 +14,21 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import Dataset
 
 from hypergrad import (
-    Cautious,
     ConfigurationError,
     Controller,
-    Descent,
     Estimator,
     Hyperparameter,
     Online,
     OptimizerHyperparameter,
+    Race,
+    Readout,
+    Rewind,
     Schedule,
+    Shape,
     Unrolled,
 )
 from hypergrad.callbacks._history import Update
+from hypergrad.callbacks._plan import Auto, Wishes
 from hypergrad.callbacks._run import Run, Settings
 
 Name = str | OptimizerHyperparameter | Hyperparameter
@@ -78,11 +82,17 @@ class HyperGradient(pl.Callback):
         monitor: str = "val_loss",
         mode: Literal["min", "max"] = "min",
         val_dataloaders: Iterable[Any] | None = None,
-        every_n_steps: int = 5,
+        every_n_steps: int | None = None,
         controller: Controller | None = None,
+        budget: float = 1.25,
+        race: Race | Auto | None = "auto",
+        shape: Shape | Auto | None = "auto",
+        readout: Readout | Auto | None = "auto",
+        rewind: Rewind | Auto | None = "auto",
         seed: int = 0,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+        if every_n_steps is not None and not (whole and every_n_steps >= 1):
             raise ConfigurationError(f"`every_n_steps` must be an integer of at least 1, but got {every_n_steps!r}.")
         if mode not in ("min", "max"):
             raise ConfigurationError(f"`mode` must be 'min' or 'max', but got {mode!r}.")
@@ -99,7 +109,7 @@ class HyperGradient(pl.Callback):
         if isinstance(estimator, Unrolled) and estimator.steps is None:
             raise ConfigurationError(
                 "Unrolled() would record every step of the run: say how many of the latest it is to go back through, "
-                f"such as Unrolled(steps={every_n_steps}), or use Forward(), whose memory does not grow."
+                f"such as Unrolled(steps={every_n_steps or 5}), or use Forward(), whose memory does not grow."
             )
         for h in _as_tuple(hyperparameters) or ():
             if isinstance(h, Schedule):
@@ -116,8 +126,9 @@ class HyperGradient(pl.Callback):
             mode=mode,
             val_dataloaders=val_dataloaders,
             every_n_steps=every_n_steps,
-            controller=controller if controller is not None else Cautious(Descent()),
+            controller=controller,
             seed=seed,
+            wishes=_wishes(budget, race, shape, readout, rewind, controller),
         )
         self._run: Run | None = None
         self._restored: dict[str, Any] | None = None
@@ -186,6 +197,8 @@ class HyperGradient(pl.Callback):
 
     def on_train_end(self, *_: Any) -> None:
         """Say what was learned and what it cost."""
+        if self._run is not None:
+            self._run.finish()
         rank_zero_info(self.summary())
         self._detach()
 
@@ -222,6 +235,37 @@ class HyperGradient(pl.Callback):
         rates = [label for label in update.values if label.partition("/")[0] == "lr"]
         if rates and trainer.progress_bar_callback is not None:
             module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+
+
+def _wishes(
+    budget: float,
+    race: Race | Auto | None,
+    shape: Shape | Auto | None,
+    readout: Readout | Auto | None,
+    rewind: Rewind | Auto | None,
+    controller: Controller | None,
+) -> Wishes:
+    if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget >= 1.0):
+        raise ConfigurationError(f"`budget` must be at least 1 (the cost of a plain run), but got {budget!r}.")
+    pieces = (
+        ("race", race, Race),
+        ("shape", shape, Shape),
+        ("readout", readout, Readout),
+        ("rewind", rewind, Rewind),
+    )
+    for name, value, kind in pieces:
+        if not (value is None or value == "auto" or isinstance(value, kind)):
+            raise ConfigurationError(f"`{name}` must be a {kind.__name__}, None or 'auto', but got {value!r}.")
+    if controller is None:
+        return Wishes(budget, race, shape, readout, rewind)
+    # Who brings a controller composes: what is not named is not there.
+    return Wishes(
+        budget,
+        None if race == "auto" else race,
+        None if shape == "auto" else shape,
+        None if readout == "auto" else readout,
+        None if rewind == "auto" else rewind,
+    )
 
 
 def _as_tuple(hyperparameters: Name | Sequence[Name] | None) -> tuple[Name, ...] | None:

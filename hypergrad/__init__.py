@@ -8,7 +8,12 @@ from hypergrad.checking import CheckedHyperparameter, CheckResult, check
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.cautious import Cautious
 from hypergrad.controllers.descent import Descent
+from hypergrad.controllers.frozen import Frozen
 from hypergrad.controllers.hold import Hold
+from hypergrad.controllers.race import Race, best_arms
+from hypergrad.controllers.readout import Best, Readout
+from hypergrad.controllers.rewind import Rewind
+from hypergrad.controllers.shape import Cosine, Shape
 from hypergrad.curvature import Curvature, Exact, FiniteDifference
 from hypergrad.data import split
 from hypergrad.errors import (
@@ -31,23 +36,28 @@ from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
+from hypergrad.torch_internals import raw_step
+from hypergrad.training_state import TrainingState, live_tensors, write_tensors
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
 
 __all__ = [
     "CG",
+    "Best",
     "Cautious",
     "CheckResult",
     "CheckedHyperparameter",
     "ConfigurationError",
     "Contraction",
     "Controller",
+    "Cosine",
     "Curvature",
     "Descent",
     "Estimator",
     "Exact",
     "FiniteDifference",
     "Forward",
+    "Frozen",
     "Hold",
     "HypergradError",
     "HypergradientResult",
@@ -64,28 +74,37 @@ __all__ = [
     "Online",
     "OptimizerHyperparameter",
     "Outcome",
+    "Race",
     "Reading",
+    "Readout",
+    "Rewind",
     "RngState",
     "Schedule",
+    "Shape",
     "Softplus",
     "Solution",
     "Solver",
     "TensorMeasurement",
     "Tracker",
+    "TrainingState",
     "Transform",
     "Tuner",
     "Unrolled",
     "UnsupportedOptimizerError",
+    "best_arms",
     "check",
     "check_names",
     "generators_of",
     "gradient",
     "hypergradient",
+    "live_tensors",
     "loss_hyperparameters",
     "preserved",
     "preserved_rng",
+    "raw_step",
     "relaxed_dropout",
     "requiring_grad",
     "resolve",
     "split",
+    "write_tensors",
 ]

@@ -112,6 +112,15 @@ class Tuner:
             known = self._known[key] = (origin, list(zip(numbers, values.values(), strict=True)))
         return known[1]
 
+    def place(self, key: str, offset: float) -> None:
+        """Decide an offset: what a race has found, and not the controller."""
+        self._offsets[key] = offset
+        self._known.clear()
+
+    def offset(self, key: str) -> float:
+        """How far a coordinate has been moved from what the schedule says."""
+        return self._offsets.get(key, 0.0)
+
     def update(
         self, measurements: Sequence[Measurement], loss: float, tensors: Sequence[TensorMeasurement] = ()
     ) -> Outcome:

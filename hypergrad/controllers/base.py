@@ -42,6 +42,9 @@ class Controller(ABC):
     A controller is a pure object: numbers in, numbers out, all its memory in `state_dict`.
     """
 
+    def begin(self, updates: int | None) -> None:  # noqa: B027 (most do not pace themselves)
+        """A run begins in which there will be so many readings of each coordinate; None where that is not known."""
+
     @abstractmethod
     def moves(self, readings: Sequence[Reading]) -> Sequence[Move]:
         """The change of u for each reading, in order. Finite; 0 leaves the hyperparameter as it is.

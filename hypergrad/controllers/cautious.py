@@ -45,6 +45,10 @@ class Cautious(Controller):
         self.slowdown = slowdown
         self._readings: dict[str, int] = {}
 
+    def begin(self, updates: int | None) -> None:
+        """Tell the wrapped controller."""
+        self.controller.begin(updates)
+
     def moves(self, readings: Sequence[Reading]) -> list[Move]:
         """The wrapped controller's moves, the late upward ones of `lr` made smaller."""
         moves = self.controller.moves(readings)

@@ -32,6 +32,9 @@ class Descent(Controller):
         rate: the largest move per update, in units of the coordinate (0.5 in log lr is a factor of 1.65). In (0, 2].
         memory: decay of the mean, in [0, 1); 0.8 averages about 5 updates.
         scale_memory: decay of the mean square, in [0, 1); 0.99 averages about 100 updates.
+        travel: the farthest that a coordinate can go in a whole run whose length is known: `rate` is then at most
+            `travel` over the number of updates, so that how far values get does not depend on how often they are
+            measured. Positive; None sets no such limit.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -43,16 +46,27 @@ class Descent(Controller):
     [0.0]
     """
 
-    def __init__(self, rate: float = 0.5, *, memory: float = 0.8, scale_memory: float = 0.99) -> None:
+    def __init__(
+        self, rate: float = 0.5, *, memory: float = 0.8, scale_memory: float = 0.99, travel: float | None = None
+    ) -> None:
         if not (math.isfinite(rate) and 0.0 < rate <= 2.0):
             raise ConfigurationError(f"`rate` must lie in (0, 2], but got {rate=}.")
         for name, value in (("memory", memory), ("scale_memory", scale_memory)):
             if not 0.0 <= value < 1.0:
                 raise ConfigurationError(f"`{name}` must lie in [0, 1), but got {name}={value!r}.")
+        if travel is not None and not (math.isfinite(travel) and travel > 0.0):
+            raise ConfigurationError(f"`travel` must be positive, but got {travel=}.")
         self.rate = rate
+        self.travel = travel
         self.memory = memory
         self.scale_memory = scale_memory
+        self._rate = rate
         self._moments: dict[str, _Moments] = {}
+
+    def begin(self, updates: int | None) -> None:
+        """Pace the moves by the number of updates."""
+        known = updates is not None and self.travel is not None
+        self._rate = min(self.rate, self.travel / max(updates, 1)) if known else self.rate  # type: ignore[operator, type-var]
 
     def moves(self, readings: Sequence[Reading]) -> list[Move]:
         """`-rate * g * |g|` for each reading, or 0 where the reading disagrees with g in sign."""
@@ -71,9 +85,9 @@ class Descent(Controller):
         moments.add(strength, self.memory, self.scale_memory)
         agreement = moments.agreement(self.memory, self.scale_memory)
         if isinstance(agreement, torch.Tensor):
-            moves = -self.rate * agreement * agreement.abs()
+            moves = -self._rate * agreement * agreement.abs()
             return torch.where(agreement * strength > 0.0, moves, torch.zeros_like(moves))
-        return -self.rate * agreement * abs(agreement) if agreement * strength > 0.0 else 0.0
+        return -self._rate * agreement * abs(agreement) if agreement * strength > 0.0 else 0.0
 
 
 @dataclass

@@ -1,0 +1,172 @@
+"""Race, shape and readout of one fit, wired to its optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from hypergrad import Best, Cautious, Descent, HypergradError, Tuner
+from hypergrad.callbacks._attachment import Attachment
+from hypergrad.callbacks._guard import Guard
+from hypergrad.callbacks._plan import Plan
+from hypergrad.callbacks._race import Heat
+from hypergrad.callbacks._readout import Keeper
+from hypergrad.callbacks._training import TrainingLoss
+from hypergrad.callbacks._validation import Score
+
+
+class Pieces:
+    """What happens beside hypergradients, decided by a plan.
+
+    Args:
+        plan: of this fit, with at least one piece.
+        attachment: of the only optimizer.
+        score: the objective, the lower the better, of the module as it stands.
+        tuner: whose controller is replaced where a race turns out to be impossible.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        attachment: Attachment,
+        score: Score,
+        tuner: Tuner,
+    ) -> None:
+        self.race_result: dict[str, Any] | None = None
+        self.best: Best | None = None
+        self._attachment, self._tuner, self._module = attachment, tuner, module
+        self._score = score
+        self._heat: Heat | None = None
+        self._keeper: Keeper | None = None
+        self._guard: Guard | None = None
+        self._training_loss: TrainingLoss | None = None
+        self._evaluations = 0
+        steps = plan.steps
+        if steps is None:
+            return
+        if plan.shape is not None:
+            shape = plan.shape
+            attachment.shape = lambda step: shape.factor(step / steps)
+        if plan.readout is not None:
+            self._keeper = Keeper(plan.readout, steps, module, score)
+        if plan.rewind is not None:
+            self._guard = Guard(plan.rewind, module, attachment)
+        if plan.race is not None and attachment.steps == 0:
+            self._heat = Heat(plan.race, steps, trainer, module, attachment, score)
+            if attachment.training_loss is None:
+                self._training_loss = attachment.training_loss = TrainingLoss(trainer, module, exact=False)
+                attachment.without_replay = self._cancel
+            attachment.stepped = self._heat.after_step
+            attachment.measures = False
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether several arms are in the run."""
+        return self._heat is not None
+
+    @property
+    def spent(self) -> float:
+        """Gradients for the race and for scores, of which a forward pass counts as a third."""
+        replays = self._training_loss.evaluations if self._training_loss is not None else self._evaluations
+        return replays + self._score.evaluations / 3
+
+    def gradients_cleared(self) -> None:
+        """The optimizer's gradients are set to zero."""
+        if self._training_loss is not None:
+            self._training_loss.gradients_cleared()
+
+    def batch_ended(self, stepped: bool) -> None:
+        """A training batch has been trained on; `stepped` if the optimizer has made a step."""
+        if self._heat is not None:
+            if not self._heat.is_over:
+                return
+            heat = self._heat
+            self.race_result = {"lr": heat.winner, "scores": heat.scores}
+            scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
+            rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
+            self._end_race()
+        elif self._keeper is not None and stepped:
+            raw = self._keeper.after_step(self._attachment.steps)
+            if raw is not None and self._guard is not None and not self.saw(raw):
+                self._guard.keep(raw)
+
+    def saw(self, loss: float) -> bool:
+        """Take in a value of the objective; True if the run has been rewound because of it."""
+        if self._guard is None or self.is_racing or not self._guard.saw(loss):
+            return False
+        if self._keeper is not None:
+            self._keeper.forget_average()
+        return True
+
+    @property
+    def rewound(self) -> list[tuple[int, int]]:
+        """From which step back to which."""
+        return [] if self._guard is None else list(self._guard.rewound)
+
+    @property
+    def readings(self) -> list[tuple[int, float, float]]:
+        """Step, objective of the weights as they stood, and of their average, of each checkpoint."""
+        return [] if self._keeper is None else list(self._keeper.scores)
+
+    def finish(self) -> None:
+        """The fit is over: put the best weights into the module."""
+        if self._keeper is not None and not self.is_racing:
+            self.best = self._keeper.finish(self._attachment.steps)
+
+    def detach(self) -> None:
+        """Leave module and optimizer as they were found."""
+        if self._training_loss is not None:
+            self._evaluations = self._training_loss.evaluations
+            self._training_loss.detach()
+            self._training_loss = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where race and readout stand."""
+        return {
+            "heat": None if self._heat is None else self._heat.state_dict(),
+            "keeper": None if self._keeper is None else self._keeper.state_dict(),
+            "guard": None if self._guard is None else self._guard.state_dict(),
+            "race_result": self.race_result,
+            "evaluations": [
+                self._training_loss.evaluations if self._training_loss is not None else self._evaluations,
+                self._score.evaluations,
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the one that returned `state`."""
+        self.race_result = state["race_result"]
+        if self._heat is not None:
+            if state["heat"] is None:
+                self._end_race()
+            else:
+                self._heat.load_state_dict(state["heat"])
+        if self._keeper is not None and state["keeper"] is not None:
+            self._keeper.load_state_dict(state["keeper"])
+        if self._guard is not None and state["guard"] is not None:
+            self._guard.load_state_dict(state["guard"])
+        self._evaluations, self._score.evaluations = state["evaluations"]
+        if self._training_loss is not None:
+            self._training_loss.evaluations = self._evaluations
+
+    def _cancel(self, error: HypergradError) -> None:
+        rank_zero_info(
+            f"HyperGradient: no race of learning rates, for the training step cannot be run again ({error}); lr is "
+            "learned by hypergradients instead."
+        )
+        self._tuner.controller = Cautious(Descent())
+        self._attachment.shape = None
+        self._end_race()
+
+    def _end_race(self) -> None:
+        self._heat = None
+        self._attachment.stepped, self._attachment.measures = None, True
+        self._attachment.measured_at = self._attachment.steps
+        if self._training_loss is not None:
+            self._attachment.training_loss = None
+        self._attachment.without_replay = None
+        self.detach()

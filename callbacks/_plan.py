@@ -1,0 +1,133 @@
+"""What one run does beside training, and how its budget is shared out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from hypergrad import Cosine, Race, Readout, Rewind, Shape
+
+# Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
+_ON_READOUT = 0.24
+_FORWARD = 1 / 3  # the cost of a loss without its gradient, in gradients
+_USUAL = 0.25  # the extra gradients for which the race's rungs are written
+_CHECKS = 2  # gradients with which a fit begins
+_RARELY = 10**9
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The pieces that the user named; `"auto"` is what suits the run, None is none."""
+
+    budget: float
+    race: Race | Auto | None
+    shape: Shape | Auto | None
+    readout: Readout | Auto | None
+    rewind: Rewind | Auto | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decided at the start of a fit.
+
+    Args:
+        steps: of the run; None where they are not known, and where nothing is planned.
+        every_n_steps: steps between two hypergradients that the budget allows.
+        batches: of validation data that a score is the mean of.
+        why_no_race: for the user.
+    """
+
+    steps: int | None
+    race: Race | None
+    shape: Shape | None
+    readout: Readout | None
+    rewind: Rewind | None
+    every_n_steps: int
+    batches: int
+    why_no_race: str = ""
+
+    @property
+    def updates(self) -> int | None:
+        """How many hypergradients there will be."""
+        if self.steps is None:
+            return None
+        return (self.steps - _length(self.race, self.steps)) // self.every_n_steps
+
+
+def make_plan(
+    wishes: Wishes, trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, every_n_steps: int | None
+) -> Plan:
+    """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for."""
+    total = trainer.estimated_stepping_batches
+    steps = int(total) if math.isfinite(total) and total > 0 else None
+    extra = wishes.budget - 1.0
+    race, why = _race(wishes, _obstacle(trainer, module, learns_lr, steps), steps, extra)
+    usual = race is not None
+    own_schedule = bool(trainer.lr_scheduler_configs)
+    shape = (Cosine() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
+    readout = (Readout() if usual else None) if wishes.readout == "auto" else wishes.readout
+    rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
+    if steps is None or not (race or shape or readout or rewind):
+        return Plan(None, None, None, None, None, every_n_steps or 5, 1, why)
+    batches = 4
+    if readout is not None:
+        readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD)
+    if every_n_steps is None:
+        spent = float(_CHECKS)
+        if race is not None:
+            spent += race.cost(steps) + race.scores * batches * _FORWARD
+        if readout is not None:
+            spent += 2 * readout.checkpoints * batches * _FORWARD
+        left = extra * steps - spent
+        every_n_steps = math.ceil((steps - _length(race, steps)) / left) if left >= 1.0 else _RARELY
+    return Plan(steps, race, shape, readout, rewind, every_n_steps, batches, why)
+
+
+def _affordable(readout: Readout, forwards: float) -> tuple[Readout, int]:
+    """Checkpoints and batches for so many evaluations: fewer checkpoints before less than two batches each."""
+    if readout.batches is not None:
+        return readout, readout.batches
+    checkpoints = max(min(readout.checkpoints, int(forwards / 4)), 1)
+    return replace(readout, checkpoints=checkpoints), max(int(forwards / (2 * checkpoints)), 1)
+
+
+def _race(wishes: Wishes, why: str, steps: int | None, extra: float) -> tuple[Race | None, str]:
+    if wishes.race is None:
+        return None, ""
+    if why or steps is None:
+        return None, why
+    if wishes.race != "auto":
+        return wishes.race, ""
+    race = Race()
+    # Longer rungs for a larger budget, shorter ones for a smaller.
+    share = min(extra / _USUAL, 2.0)
+    if share > 0.0:
+        race = replace(race, rungs=tuple((part * share, kept) for part, kept in race.rungs))
+    if share <= 0.0 or not race.ends(steps):
+        return None, f"the run has {steps} steps, of which a budget of {wishes.budget:g} leaves too few for a race"
+    return race, ""
+
+
+def _length(race: Race | None, steps: int) -> int:
+    ends = race.ends(steps) if race is not None else []
+    return ends[-1][0] if ends else 0
+
+
+def _obstacle(trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, steps: int | None) -> str:
+    if not learns_lr:
+        return "lr is not among the hyperparameters"
+    if steps is None:
+        return "the length of the run is not known: give the Trainer max_steps or max_epochs"
+    if not module.automatic_optimization:
+        return "manual optimization"
+    if len(trainer.optimizers) != 1:
+        return f"{len(trainer.optimizers)} optimizers"
+    if type(trainer.strategy) is not SingleDeviceStrategy:
+        return type(trainer.strategy).__name__
+    return ""

@@ -1,0 +1,192 @@
+"""The race of learning rates inside a fit: several trainings on the same batches, of which the Trainer sees one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from hypergrad import Race, TrainingState, best_arms, live_tensors, write_tensors
+from hypergrad.callbacks._attachment import Attachment
+from hypergrad.callbacks._training import StepLoss
+
+
+class Heat:
+    """Stands behind each optimizer step until one arm is left, which is then the training.
+
+    The Trainer trains the live arm. Right after its step every other one takes the same step from where it stands: the
+    same batches and randomness, its own weights, buffers and optimizer state.
+
+    Args:
+        race: the rules.
+        steps: of the whole run.
+        attachment: of the only optimizer.
+        score: the validation loss of the module as it stands.
+    """
+
+    def __init__(
+        self,
+        race: Race,
+        steps: int,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        attachment: Attachment,
+        score: Callable[[], float],
+    ) -> None:
+        self._trainer, self._module, self._attachment, self._score = trainer, module, attachment, score
+        groups = attachment.optimizer.param_groups
+        own = max(float(group.get("initial_lr", group["lr"])) for group in groups)
+        self.rates = race.arms(own)
+        self.scores: list[dict[float, float]] = []  # of each rung, by learning rate
+        self.live = 0
+        self._ends, self._forks = race.ends(steps), race.forks
+        self._standing = list(range(len(self.rates)))
+        self._states = {arm: TrainingState(module, attachment.optimizer) for arm in self._standing[1:]}
+        self._means: dict[int, dict[str, torch.Tensor]] = {}
+        self._averaged = 0
+        self._first_loss = math.nan
+        self._losses: dict[int, float] = {}
+        self._step = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the training has its learning rate."""
+        return len(self._standing) == 1 and not self._states
+
+    @property
+    def winner(self) -> float:
+        """The learning rate of the live arm."""
+        return self.rates[self.live]
+
+    def after_step(self, loss: StepLoss | None) -> None:
+        """Let every other arm take the step that the live one has just taken."""
+        self._step += 1
+        if loss is not None:
+            self._averaged += 1
+            self._add_to_mean(self.live)
+            self._losses[self.live] = loss.value
+            params = [p for group in self._attachment.optimizer.param_groups for p in group["params"]]
+            grads = [p.grad for p in params]
+            for arm, state in self._states.items():
+                state.exchange()
+                try:
+                    self._losses[arm] = self._take_step(arm, loss, params)
+                    self._add_to_mean(arm)
+                finally:
+                    state.exchange()
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            self._attachment.place_lr(self._offset(self.live))
+            if math.isnan(self._first_loss):
+                self._first_loss = self._losses[self.live]
+            self._drop_fallen()
+        if self._ends and self._step >= self._ends[0][0]:
+            self._judge(self._ends.pop(0)[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the race stands."""
+        return {
+            "rates": list(self.rates),
+            "scores": [dict(s) for s in self.scores],
+            "live": self.live,
+            "ends_left": len(self._ends),
+            "standing": list(self._standing),
+            "states": {arm: state.state_dict() for arm, state in self._states.items()},
+            "means": {arm: dict(mean) for arm, mean in self._means.items()},
+            "numbers": [self._averaged, self._first_loss, self._step],
+            "losses": dict(self._losses),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the race that returned `state`."""
+        self.rates, self.live = list(state["rates"]), state["live"]
+        self.scores = [dict(s) for s in state["scores"]]
+        self._ends = self._ends[len(self._ends) - state["ends_left"] :]
+        self._standing = list(state["standing"])
+        self._states = {}
+        for arm, saved in state["states"].items():
+            self._states[arm] = TrainingState(self._module, self._attachment.optimizer)
+            self._states[arm].load_state_dict(saved)
+        live = live_tensors(self._module)
+        self._means = {arm: {n: t.to(live[n].device) for n, t in mean.items()} for arm, mean in state["means"].items()}
+        self._averaged, self._first_loss, self._step = state["numbers"]
+        self._losses = dict(state["losses"])
+
+    def _offset(self, arm: int) -> float:
+        return math.log(self.rates[arm] / self.rates[0])
+
+    def _take_step(self, arm: int, loss: StepLoss, params: list[torch.Tensor]) -> float:
+        trained = [p for p in params if p.requires_grad]
+        value, grads, buffers = loss.gradients(trained)
+        for p, grad in zip(trained, grads, strict=True):
+            p.grad = grad
+        self._module.configure_gradient_clipping(
+            self._attachment.optimizer, self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
+        )
+        self._attachment.place_lr(self._offset(arm))
+        with torch.no_grad():
+            self._attachment.step_again()
+        write_tensors(self._module, buffers)
+        return value
+
+    @torch.no_grad()
+    def _add_to_mean(self, arm: int) -> None:
+        now = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        mean = self._means.setdefault(arm, {n: torch.zeros_like(p) for n, p in now.items()})
+        for name, p in now.items():
+            if name in mean:
+                mean[name].lerp_(p, 1.0 / self._averaged)
+
+    def _drop_fallen(self) -> None:
+        """An arm whose training loss has blown up is out at once; its steps would be wasted."""
+        limit = 4.0 * abs(self._first_loss) + 3.0
+        fallen = [a for a in self._standing if not self._losses.get(a, 0.0) <= limit]
+        if fallen and len(fallen) < len(self._standing):
+            rest = [a for a in self._standing if a not in fallen]
+            self._keep(rest, min(rest, key=lambda a: (self._losses.get(a, math.inf), a)))
+
+    def _judge(self, keep: int) -> None:
+        scores = {self.live: self._score_of_mean(self.live)}
+        for arm, state in self._states.items():
+            state.exchange()
+            try:
+                scores[arm] = self._score_of_mean(arm)
+            finally:
+                state.exchange()
+        self.scores.append({self.rates[arm]: score for arm, score in scores.items()})
+        self._means, self._averaged = {}, 0
+        kept = best_arms(scores, keep)
+        self._keep(kept, kept[0])
+        if len(self._ends) == 1:
+            self._fork()
+
+    def _fork(self) -> None:
+        """The live arm goes on under other learning rates beside its own, from where it stands."""
+        for factor in self._forks:
+            arm = len(self.rates)
+            self.rates.append(self.winner * factor)
+            self._standing.append(arm)
+            self._states[arm] = TrainingState(self._module, self._attachment.optimizer)
+
+    def _score_of_mean(self, arm: int) -> float:
+        """The validation loss at the mean of the rung's weights, which is less noisy than at the last ones."""
+        here = {n: p.detach().clone() for n, p in self._module.named_parameters() if p.requires_grad}
+        write_tensors(self._module, self._means.get(arm, {}))
+        try:
+            return self._score()
+        finally:
+            write_tensors(self._module, here)
+
+    def _keep(self, arms: list[int], leader: int) -> None:
+        """The leader becomes the live arm if the live one is out."""
+        if self.live not in arms:
+            self._states[leader].exchange()
+            self._states[self.live] = self._states.pop(leader)
+            self.live = leader
+            self._attachment.place_lr(self._offset(leader))
+        self._standing = list(arms)
+        self._states = {arm: state for arm, state in self._states.items() if arm in arms}
+        self._means = {arm: mean for arm, mean in self._means.items() if arm in arms}

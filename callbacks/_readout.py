@@ -1,0 +1,99 @@
+"""Keeps the best weights that a fit has seen, raw or averaged, and puts them into the module at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from hypergrad import Best, Readout, live_tensors, write_tensors
+
+
+class Keeper:
+    """Averages after every step and judges at every checkpoint.
+
+    Args:
+        readout: when, and with what window.
+        steps: of the whole run.
+        module: whose weights are kept.
+        score: the validation loss of the module as it stands.
+    """
+
+    def __init__(self, readout: Readout, steps: int, module: torch.nn.Module, score: Callable[[], float]) -> None:
+        self.best = Best()
+        self.scores: list[tuple[int, float, float]] = []  # step, raw, averaged
+        self._readout, self._steps, self._module, self._score = readout, steps, module, score
+        self._average: dict[str, torch.Tensor] = {}
+        self._averaged = 0
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def after_step(self, step: int) -> float | None:
+        """Take the state after so many steps into the average; at a checkpoint judge it and return its own score."""
+        now = self._floats()
+        self._averaged += 1
+        if self._averaged == 1 or self._average.keys() != now.keys():
+            self._average, self._averaged = _copies(now), 1
+        else:
+            weight = self._readout.weight(self._averaged, self._steps)
+            update: Any = get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
+            update(list(self._average.values()), [t.detach() for t in now.values()], None)
+        if not self._readout.is_due(step, self._steps):
+            return None
+        self._judge(step)
+        return self.scores[-1][1]
+
+    def forget_average(self) -> None:
+        """Begin the average anew: the weights have been put back."""
+        self._averaged = 0
+
+    def finish(self, step: int) -> Best:
+        """Put the best into the module; a run that ended between two checkpoints is judged once more."""
+        if self._averaged and (not self.scores or self.scores[-1][0] != step):
+            self._judge(step)
+        if self._kept:
+            write_tensors(self._module, self._kept)
+        return self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, the best weights so far and their scores."""
+        return {
+            "best": [self.best.score, self.best.kind, self.best.step],
+            "scores": [list(row) for row in self.scores],
+            "average": dict(self._average),
+            "averaged": self._averaged,
+            "kept": dict(self._kept),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the one that returned `state`."""
+        devices = {name: t.device for name, t in live_tensors(self._module).items()}
+        self.best = Best(*state["best"])
+        self.scores = [(int(step), raw, averaged) for step, raw, averaged in state["scores"]]
+        self._averaged = state["averaged"]
+        self._average, self._kept = (
+            {name: t.to(devices[name]) for name, t in state[part].items() if name in devices}
+            for part in ("average", "kept")
+        )
+
+    def _floats(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in live_tensors(self._module).items() if t.is_floating_point()}
+
+    def _judge(self, step: int) -> None:
+        raw = self._score()
+        if self.best.beaten_by(raw, "raw", step):
+            self._kept = _copies(live_tensors(self._module))
+        here = _copies(self._floats())
+        write_tensors(self._module, self._average)
+        try:
+            averaged = self._score()
+            if self.best.beaten_by(averaged, "averaged", step):
+                self._kept = _copies(live_tensors(self._module))
+        finally:
+            write_tensors(self._module, here)
+        self.scores.append((step, raw, averaged))
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}
