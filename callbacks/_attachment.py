@@ -33,9 +33,9 @@ class Attachment:
     Args:
         index: position of the optimizer in `trainer.optimizers`.
         tensors: values of the hyperparameters in the loss, by name.
-        every_n_steps: a step is measured when this many have passed since the last measured one; where several steps
-            follow each other before `measured` is called, the last of them counts. Estimators that need it track the
-            steps between as well.
+        every_n_steps: a step is measured when this many have passed since the last one was due, on average where it is
+            no whole number; where several steps follow each other before `measured` is called, the last of them counts.
+            Estimators that need it track the steps between as well.
         steps: optimizer steps taken before.
     """
 
@@ -47,7 +47,7 @@ class Attachment:
         estimator: Estimator,
         tensors: Mapping[str, torch.Tensor],
         tuner: Tuner,
-        every_n_steps: int,
+        every_n_steps: float,
         steps: int = 0,
     ) -> None:
         self.optimizer = optimizer
@@ -64,7 +64,7 @@ class Attachment:
         self._loss: StepLoss | None = None
         self._tracked = False
         self.steps = steps
-        self.measured_at = steps - steps % every_n_steps
+        self.measured_at: float = steps - steps % every_n_steps
         self.pending = False
         self._depth = 0
         self._index = index
@@ -161,7 +161,8 @@ class Attachment:
     def measured(self) -> None:
         """The tracked step has been measured: count to the next."""
         self.pending = False
-        self.measured_at = self.steps
+        due = self.measured_at + self._every_n_steps
+        self.measured_at = due if due > self.steps - 1 else self.steps
 
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

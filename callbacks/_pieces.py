@@ -55,7 +55,7 @@ class Pieces:
             self._keeper = Keeper(plan.readout, steps, module, score)
         if plan.rewind is not None:
             self._guard = Guard(plan.rewind, module, attachment)
-        if plan.race is not None and attachment.steps == 0:
+        if plan.race is not None:
             self._heat = Heat(plan.race, steps, trainer, module, attachment, score)
             if attachment.training_loss is None:
                 self._training_loss = attachment.training_loss = TrainingLoss(trainer, module, exact=False)

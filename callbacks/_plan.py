@@ -38,7 +38,7 @@ class Plan:
 
     Args:
         steps: of the run; None where they are not known, and where nothing is planned.
-        every_n_steps: steps between two hypergradients that the budget allows.
+        every_n_steps: steps between two hypergradients, on average.
         batches: of validation data that a score is the mean of.
         why_no_race: for the user.
     """
@@ -48,7 +48,7 @@ class Plan:
     shape: Shape | None
     readout: Readout | None
     rewind: Rewind | None
-    every_n_steps: int
+    every_n_steps: float
     batches: int
     why_no_race: str = ""
 
@@ -57,17 +57,32 @@ class Plan:
         """How many hypergradients there will be."""
         if self.steps is None:
             return None
-        return (self.steps - _length(self.race, self.steps)) // self.every_n_steps
+        return int((self.steps - _length(self.race, self.steps)) / self.every_n_steps)
 
 
 def make_plan(
-    wishes: Wishes, trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, every_n_steps: int | None
+    wishes: Wishes,
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    learns_lr: bool,
+    every_n_steps: int | None,
+    *,
+    continues: bool,
 ) -> Plan:
-    """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for."""
+    """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for.
+
+    Args:
+        learns_lr: whether lr is among the hyperparameters.
+        every_n_steps: what the user said.
+        continues: whether a run with a plan goes on from a checkpoint.
+    """
     total = trainer.estimated_stepping_batches
     steps = int(total) if math.isfinite(total) and total > 0 else None
     extra = wishes.budget - 1.0
-    race, why = _race(wishes, _obstacle(trainer, module, learns_lr, steps), steps, extra)
+    obstacle = _obstacle(trainer, module, learns_lr, steps)
+    if trainer.global_step and not continues:
+        obstacle = obstacle or f"the run is under way, at step {trainer.global_step}"
+    race, why = _race(wishes, obstacle, steps, extra)
     usual = race is not None
     own_schedule = bool(trainer.lr_scheduler_configs)
     shape = (Cosine() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
@@ -75,7 +90,7 @@ def make_plan(
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
     if steps is None or not (race or shape or readout or rewind):
         return Plan(None, None, None, None, None, every_n_steps or 5, 1, why)
-    batches = 4
+    batches, every = 4, float(every_n_steps or _RARELY)
     if readout is not None:
         readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD)
     if every_n_steps is None:
@@ -85,8 +100,8 @@ def make_plan(
         if readout is not None:
             spent += 2 * readout.checkpoints * batches * _FORWARD
         left = extra * steps - spent
-        every_n_steps = math.ceil((steps - _length(race, steps)) / left) if left >= 1.0 else _RARELY
-    return Plan(steps, race, shape, readout, rewind, every_n_steps, batches, why)
+        every = max((steps - _length(race, steps)) / left, 1.0) if left >= 1.0 else _RARELY
+    return Plan(steps, race, shape, readout, rewind, every, batches, why)
 
 
 def _affordable(readout: Readout, forwards: float) -> tuple[Readout, int]:

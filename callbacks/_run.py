@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hypergrad import (
+    Best,
     Cautious,
     ConfigurationError,
     Contraction,
@@ -35,6 +36,7 @@ from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
 from hypergrad.callbacks._lightning import validation_loaders
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import Wishes, make_plan
+from hypergrad.callbacks._report import Facts, report
 from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import Score, ValidationLoss
 
@@ -81,7 +83,9 @@ class Run:
             anything has been changed.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings, *, continues: bool = False
+    ) -> None:
         self.history: list[Update] = []
         self.steps = 0
         self.training_batches = 0
@@ -90,9 +94,14 @@ class Run:
         self._trainer = trainer
         self._settings = settings
         learns_lr = "lr" in names_of(settings.of_optimizers)
-        self.plan = make_plan(settings.wishes, trainer, module, learns_lr, settings.every_n_steps)
+        self.plan = make_plan(
+            *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps), continues=continues
+        )
         self._tuner = Tuner(self._controller())
         self._pieces: Pieces | None = None
+        self._monitored: list[tuple[int, float]] = []
+        self._predicted: list[float] = []
+        self._foretold = 0.0
         self._watch = Stopwatch(trainer.strategy.root_device)
         self._training_watch = Stopwatch(trainer.strategy.root_device)
         self._tracking_watch = Stopwatch(trainer.strategy.root_device)  # ours, and within training steps
@@ -143,6 +152,52 @@ class Run:
         return {name: module.value.detach().clone() for name, module in self._modules.items()}
 
     @property
+    def race(self) -> dict[str, Any] | None:
+        """See `HyperGradient.race`."""
+        return None if self._pieces is None else self._pieces.race_result
+
+    @property
+    def ended_with(self) -> Best | None:
+        """See `HyperGradient.ended_with`."""
+        return None if self._pieces is None else self._pieces.best
+
+    @property
+    def rewound(self) -> list[tuple[int, int]]:
+        """See `HyperGradient.rewound`."""
+        return [] if self._pieces is None else self._pieces.rewound
+
+    @property
+    def cost(self) -> float:
+        """See `HyperGradient.cost`."""
+        replays = self._training_loss.evaluations if self._training_loss is not None else 0
+        spent = self.gradients + replays + (self._pieces.spent if self._pieces is not None else 0.0)
+        return 1.0 + spent / max(self.training_batches, 1)
+
+    def report(self) -> str:
+        """See `HyperGradient.report`."""
+        return report(
+            Facts(
+                first=self.first_values,
+                last=self.values,
+                history=self.history,
+                race=self.race,
+                readings=self._pieces.readings if self._pieces is not None else [],
+                predicted=self._predicted,
+                monitored=self._monitored,
+                ended_with=self.ended_with,
+                rewound=self.rewound,
+                cost=self.cost,
+                steps=self.steps,
+            )
+        )
+
+    def validated(self) -> None:
+        """The Trainer has been through its validation data."""
+        value = self._trainer.callback_metrics.get(self._settings.monitor)
+        if value is not None and self._settings.val_dataloaders is not None and self.steps:
+            self._monitored.append((self.steps, self._settings.sign * float(value)))
+
+    @property
     def is_due(self) -> bool:
         """Whether a step was tracked whose hypergradient has not been taken yet."""
         return any(a.pending for a in self._attachments)
@@ -167,7 +222,11 @@ class Run:
         before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
         if self._pieces is not None:
             with self._watch.running():
+                checkpoints = len(self._pieces.readings)
                 self._pieces.batch_ended(self.steps > before)
+            if len(self._pieces.readings) > checkpoints:
+                self._predicted.append(self._foretold)
+                self._foretold = 0.0
 
     def finish(self) -> None:
         """The fit has come to its end: let the readout choose the weights."""
@@ -196,6 +255,7 @@ class Run:
             "first_values": dict(self.first_values),
             "training_batches": self.training_batches,
             "gradients": self.gradients,
+            "diagnostics": [list(map(list, self._monitored)), list(self._predicted), self._foretold],
             "pieces": None if self._pieces is None else self._pieces.state_dict(),
             "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
         }
@@ -210,12 +270,14 @@ class Run:
             )
         self._load_trackers(state)
         self._tuner.load_state_dict(state["tuner"])
+        if self._pieces is not None and state["pieces"] is not None:
+            self._pieces.load_state_dict(state["pieces"])
         progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
         for attachment, steps, measured_at in progress:
             attachment.steps, attachment.measured_at = steps, measured_at
         self._stream.load_state_dict(state["stream"])
-        if self._pieces is not None and state["pieces"] is not None:
-            self._pieces.load_state_dict(state["pieces"])
+        monitored, self._predicted, self._foretold = state["diagnostics"]
+        self._monitored = [(step, value) for step, value in monitored]
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
         self.training_batches, self.gradients = state["training_batches"], state["gradients"]
@@ -325,6 +387,10 @@ class Run:
         sign, labels = self._settings.sign, self._labels()
         if self._pieces is not None and self._pieces.saw(sign * value):
             return Update(self.steps, value, self.values, {}, skipped="rewound")
+        # To first order a step changes the loss by lr * d(loss)/d(lr); each that is measured stands for several.
+        self._foretold += self.plan.every_n_steps * sum(
+            sign * m.value * m.hypergradient for m in measurements if m.hyperparameter.name == "lr"
+        )
         self._schedule.update({labels[m.key]: (m.scheduled, m.value) for m in measurements})
         values = {labels[m.key]: m.value for m in measurements}
         hypergradients = {labels[m.key]: m.hypergradient for m in measurements}

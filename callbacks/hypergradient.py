@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import Dataset
 
 from hypergrad import (
+    Best,
     ConfigurationError,
     Controller,
     Estimator,
@@ -159,6 +160,33 @@ class HyperGradient(pl.Callback):
         """Validation gradients spent so far: the cost of the run beside its training gradients."""
         return self._run.gradients if self._run is not None else 0
 
+    @property
+    def race(self) -> dict[str, Any] | None:
+        """`"lr"` that won, and `"scores"`: the validation loss of each arm by learning rate, rung by rung.
+
+        None while it goes on, and where there was none.
+        """
+        return self._run.race if self._run is not None else None
+
+    @property
+    def ended_with(self) -> Best | None:
+        """Which weights the readout has put into the module: `kind` ("raw" or "averaged"), `step` and `score`."""
+        return self._run.ended_with if self._run is not None else None
+
+    @property
+    def rewound(self) -> list[tuple[int, int]]:
+        """From which step back to which the run has gone after it had blown up."""
+        return self._run.rewound if self._run is not None else []
+
+    @property
+    def cost(self) -> float:
+        """Gradients spent so far over those of plain training; a loss without its gradient counts as a third."""
+        return self._run.cost if self._run is not None else 1.0
+
+    def report(self) -> str:
+        """Several lines in plain language: what was learned, how sure that is, and what to make of it."""
+        return self._run.report() if self._run is not None else "HyperGradient: not fitted yet"
+
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
         return self._run.summary() if self._run is not None else "HyperGradient: not fitted yet"
@@ -166,10 +194,11 @@ class HyperGradient(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check everything that can be wrong, once, and attach to the optimizers."""
         _check_trainer(trainer, pl_module)
-        self._run = Run(trainer, pl_module, self._settings)
+        saved = None if self._restored is None else self._restored["run"]
+        self._run = Run(trainer, pl_module, self._settings, continues=saved is not None and saved["pieces"] is not None)
         self._logged_at = 0
-        if self._restored is not None:
-            self._run.load_state_dict(self._restored["run"])
+        if self._restored is not None and saved is not None:
+            self._run.load_state_dict(saved)
             self._logged_at = self._restored["logged_at"]
             self._restored = None
 
@@ -194,6 +223,11 @@ class HyperGradient(pl.Callback):
             if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
                 self._logged_at = self._run.steps
                 self._write(trainer, pl_module, update)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Compare what is tuned on with what is not."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._run.validated()
 
     def on_train_end(self, *_: Any) -> None:
         """Say what was learned and what it cost."""

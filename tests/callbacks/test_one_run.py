@@ -1,0 +1,308 @@
+"""Race, shape, readout, rewind and budget in real fits: each is what it says, and nothing more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import LambdaLR
+
+from hypergrad import ConfigurationError, Cosine, Hold, Race, Readout, Rewind
+from hypergrad.callbacks import HyperGradient
+from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, data, trainer
+
+RACE = Race(rates=(1e-4, 1e-2, 1e-1), rungs=((0.05, 3), (0.1, 1), (0.2, 1)), least=1)
+EPOCHS = 20  # of 6 steps
+
+
+def tuner(**kwargs: Any) -> HyperGradient:
+    """What is not named is not there."""
+    return HyperGradient(val_dataloaders=data(seed=2), **{"controller": Hold(), "every_n_steps": 10**6, **kwargs})
+
+
+def weights(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def seeded(module: pl.LightningModule) -> pl.LightningModule:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 3)
+    return module
+
+
+def fit(module: pl.LightningModule, callback: HyperGradient | None, **kwargs: Any) -> pl.Trainer:
+    callbacks = [Reseed(), *([callback] if callback else []), *kwargs.pop("callbacks", [])]
+    fitted = trainer(None, callbacks=callbacks, max_epochs=EPOCHS, **kwargs)
+    fitted.fit(seeded(module), Resumable(), data(seed=1), ckpt_path=kwargs.get("ckpt_path"))
+    return fitted
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, t in a.items():
+        assert torch.equal(t, b[name]), name
+
+
+class WithCosine(Stateful):
+    """The plain training that a race's winner must be, with the learning rate known beforehand."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        shape = LambdaLR(optimizer, lambda step: Cosine().factor(step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": shape, "interval": "step"}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"), [("AdamW", {"weight_decay": 0.1}), ("SGD", {"momentum": 0.9})], ids=["AdamW", "SGD"]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=["plain", "accumulated", "clipped"]
+)
+def test_the_winner_is_the_plain_training_at_its_learning_rate(
+    optimizer: str, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    # BatchNorm and dropout included: an arm takes the very steps that it would have taken alone.
+    callback = tuner(race=replace(RACE, forks=()), shape=Cosine())
+    raced = Stateful(optimizer, lr=1e-6, **settings)
+    fit(raced, callback, **options)
+    winner = callback.race["lr"]
+    assert winner > 1e-3  # the user's own stays where it is
+    alone = WithCosine(optimizer, lr=winner, **settings)
+    fit(alone, None, **options)
+    assert_equal(weights(raced), weights(alone))
+
+
+def test_who_starts_far_too_high_ends_where_others_do() -> None:
+    found = []
+    for lr in (1e-6, 10.0):
+        callback, module = tuner(race=RACE, shape=Cosine()), Net("SGD", lr=lr)
+        fit(module, callback)
+        found.append((callback.race["lr"], weights(module)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, t in found[0][1].items():
+        torch.testing.assert_close(t, found[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_arm_that_becomes_no_number_loses() -> None:
+    callback, module = tuner(race=Race(rates=(1e-2,), rungs=((0.1, 1),), forks=(1e25,))), Net("SGD", lr=1e30)
+    fit(module, callback)
+    assert callback.race["lr"] == pytest.approx(1e-2)
+    assert all(t.isfinite().all() for t in weights(module).values())
+
+
+def test_the_race_is_recorded_and_told() -> None:
+    callback = tuner(race=RACE)
+    fit(Net(lr=1e-6), callback)
+    rungs = callback.race["scores"]
+    assert sorted(rungs[0]) == pytest.approx([1e-6, 1e-4, 1e-2, 1e-1])
+    assert len(rungs[1]) == 3
+    assert len(rungs[2]) == 3  # the best of them and its two forks
+    best = min(rungs[1], key=rungs[1].__getitem__)
+    assert sorted(rungs[2]) == pytest.approx([best / 10**0.5, best, best * 10**0.5])
+    assert callback.race["lr"] == min(rungs[2], key=rungs[2].__getitem__)
+    assert callback.hyperparameters["lr"] == pytest.approx(callback.race["lr"])
+    assert f"lr {callback.race['lr']:.3g} won the race" in callback.report()
+
+
+class Frozen(Net):
+    def configure_optimizers(self) -> Any:
+        self.net[0].requires_grad_(False)
+        groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 0.001}]
+        return torch.optim.AdamW(groups, lr=0.01)
+
+
+def test_param_groups_keep_their_ratio_and_frozen_layers_stay() -> None:
+    callback, module = tuner(race=RACE), Frozen()
+    fit(module, callback)
+    values = callback.hyperparameters
+    assert values["lr/group_0"] == pytest.approx(callback.race["lr"])
+    assert values["lr/group_1"] == pytest.approx(0.1 * callback.race["lr"])
+    assert torch.equal(module.net[0].weight, seeded(Frozen()).net[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("stop_at", [3, 9, 20, 40], ids=["first rung", "second rung", "forked", "after the race"])
+def test_a_run_resumed_in_and_after_the_race_continues_bit_identically(stop_at: int, tmp_path: Path) -> None:
+    def callback() -> HyperGradient:
+        pieces = {"race": RACE, "shape": Cosine(), "readout": Readout(checkpoints=10), "rewind": Rewind()}
+        return HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3, controller=None, **pieces)
+
+    def train(steps: int, module: pl.LightningModule, tuned: HyperGradient, **kwargs: Any) -> pl.Trainer:
+        saver = ModelCheckpoint(tmp_path / str(steps), "{step}", every_n_train_steps=stop_at, save_top_k=-1)
+        options = {"max_epochs": EPOCHS, "enable_checkpointing": True, "limit_train_batches": 6}
+        fitted = trainer(tmp_path, callbacks=[Reseed(), saver, tuned, StopAt(steps)], **options)
+        fitted.fit(seeded(module), Resumable(), data(seed=1), weights_only=True, **kwargs)
+        return fitted
+
+    whole, part, rest = Stateful(lr=1e-6), Stateful(lr=1e-6), Stateful(lr=1e-6)
+    straight, resumed = callback(), callback()
+    train(10**6, whole, straight)
+    train(stop_at, part, callback())
+    train(10**5, rest, resumed, ckpt_path=tmp_path / str(stop_at) / f"step={stop_at}.ckpt")
+    assert_equal(weights(rest), weights(whole))
+    assert resumed.hyperparameters == straight.hyperparameters
+    assert resumed.race == straight.race
+    assert resumed.history == straight.history
+    assert resumed.ended_with == straight.ended_with
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+class Overfits(Net):
+    """Learns well, and then unlearns."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.3)
+        harmful = LambdaLR(optimizer, lambda step: 1.0 if step < 60 else -0.05)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": harmful, "interval": "step"}}
+
+
+def test_the_run_ends_with_the_best_weights_that_it_has_seen() -> None:
+    validation = list(data(seed=2))
+
+    class Watch(pl.Callback):
+        losses: dict[int, float]
+
+        def on_train_start(self, *_: Any) -> None:
+            self.losses = {}
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            with torch.no_grad():
+                self.losses[trainer.global_step] = float(torch.stack([module.loss(b) for b in validation]).mean())
+
+    watch, module = Watch(), Overfits()
+    callback = tuner(readout=Readout(checkpoints=20, batches=6), hyperparameters=("weight_decay",))
+    fit(module, callback, callbacks=[watch])
+    best = callback.ended_with
+    at_checkpoints = {step: loss for step, loss in watch.losses.items() if step % 6 == 0}
+    assert best.score <= min(at_checkpoints.values()) + 1e-6
+    assert best.step < 100
+    with torch.no_grad():
+        final = float(torch.stack([module.loss(b) for b in validation]).mean())
+    assert final == pytest.approx(best.score, rel=1e-5)
+    assert f"{best.kind} weights of step {best.step}" in callback.report()
+
+
+def test_the_average_of_the_readout_is_the_exponential_one() -> None:
+    class Record(pl.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            self.seen.append(module.net[0].weight.detach().clone())
+
+    record, readout = Record(), Readout(checkpoints=1, window=0.2)
+    callback, module = tuner(readout=readout, hyperparameters=("weight_decay",)), Stateful("SGD", lr=0.3)
+    fit(module, callback, callbacks=[record])
+    average = record.seen[0]
+    for i, w in enumerate(record.seen[1:], start=2):
+        average = average.lerp(w, max(1 / i, 1 / (0.2 * 120)))
+    expected = record.seen[-1] if callback.ended_with.kind == "raw" else average
+    torch.testing.assert_close(module.net[0].weight.detach(), expected)
+
+
+class Explodes(Net):
+    """A schedule with a mistake in it: for a while the learning rate is absurd."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        mistake = LambdaLR(optimizer, lambda step: 1e6 if 60 <= step < 63 else 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": mistake, "interval": "step"}}
+
+
+def test_a_run_that_blows_up_goes_back() -> None:
+    module, plain = Explodes(), Explodes()
+    fit(plain, None)
+    callback = tuner(every_n_steps=1, readout=Readout(checkpoints=20), rewind=Rewind())
+    with pytest.warns(UserWarning, match="The weights are those of step"):
+        fit(module, callback)
+    start, end = callback.rewound[0]
+    assert 60 <= start <= 66
+    assert 48 <= end <= 60
+    untrained, loss, broken = (
+        torch.stack([m.loss(b) for b in data(seed=2)]).mean() for m in (seeded(Explodes()), module, plain)
+    )
+    assert loss < 0.6 * untrained
+    assert not broken < untrained
+    assert "went back" in callback.report()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("budget", [1.1, 1.25, 2.0])
+def test_the_budget_is_kept_to_two_percent(budget: float) -> None:
+    class Counts(Net):
+        def loss(self, batch: Any) -> torch.Tensor:
+            spent.append(1.0 if torch.is_grad_enabled() else 1 / 3)
+            return super().loss(batch)
+
+    module, steps, spent = Counts(), 1000, list[float]()
+    callback = HyperGradient(val_dataloaders=data(seed=2), budget=budget)
+    fitted = trainer(None, callbacks=[callback], max_steps=steps, max_epochs=-1, num_sanity_val_steps=0)
+    fitted.fit(module, data())
+    cost = sum(spent) / steps
+    assert cost == pytest.approx(budget, rel=0.02)
+    assert callback.cost == pytest.approx(cost, rel=0.005)
+    assert callback.race["lr"] > 0.0
+    assert callback.history
+
+
+def test_a_run_that_is_too_short_has_no_race(caplog: pytest.LogCaptureFixture) -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(Net(lr=1e-3), callback)
+    assert "no race of learning rates (the run has 120 steps" in caplog.text
+    assert callback.race is None
+    assert callback.ended_with is None
+    assert callback.hyperparameters["lr"] != 1e-3  # by hypergradients
+
+
+class Unrepeatable(Net):
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        Unrepeatable.calls += 1
+        return super().training_step(batch, batch_idx) * (1 + Unrepeatable.calls % 7)
+
+
+def test_a_training_step_that_cannot_be_run_again_has_no_race(caplog: pytest.LogCaptureFixture) -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fitted = trainer(None, callbacks=[callback], max_steps=400, max_epochs=-1)
+        module = Unrepeatable(lr=1e-5)
+        fitted.fit(module, data(), data(seed=1))
+    assert "cannot be run again" in caplog.text
+    assert "training_step" not in vars(module)
+    assert callback.race is None
+    assert callback.hyperparameters["lr"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"budget": 0.9}, "at least 1"),
+        ({"budget": math.nan}, "at least 1"),
+        ({"race": 3}, "`race` must be a Race"),
+        ({"readout": "yes"}, "`readout` must be a Readout"),
+        ({"shape": math.cos}, "`shape` must be a Shape"),
+        ({"rewind": True}, "`rewind` must be a Rewind"),
+    ],
+)
+def test_bad_pieces_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        HyperGradient(**kwargs)
