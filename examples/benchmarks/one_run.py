@@ -38,15 +38,20 @@ def key(task: str, steps: int, method: str, seed: int, start: float) -> str:
     return f"{task} {steps} {method} {seed} {start:g}"
 
 
+def identity(result: Result) -> str:
+    return key(result.task, result.steps, result.method, result.seed, result.start)
+
+
 def load(path: Path) -> list[Result]:
     """Results so far. A last line that a kill cut short is left out, and so run again."""
-    results = []
+    results = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            results.append(Result(**json.loads(line)))
+            result = Result(**json.loads(line))
         except ValueError:
             continue
-    return results
+        results[identity(result)] = result  # what two processes ran at once counts once
+    return list(results.values())
 
 
 def methods(arguments: argparse.Namespace) -> list[Method]:
@@ -83,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.out.exists() and arguments.out.read_text()[-1:] not in ("", "\n"):
         arguments.out.write_text(arguments.out.read_text() + "\n")  # after a line that a kill cut short
-    done = {key(r.task, r.steps, r.method, r.seed, r.start) for r in load(arguments.out)}
+    done = {identity(result) for result in load(arguments.out)}
     part, parts = (int(n) for n in arguments.shard.split("/"))
     for i, (task, seed, method, start) in enumerate(jobs(arguments)):
         if i % parts != part or key(task.name, task.steps, method.name, seed, start) in done:
