@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +46,7 @@ class Pieces:
         self._guard: Guard | None = None
         self._training_loss: TrainingLoss | None = None
         self._evaluations = 0
+        self._told = 0, 0  # rungs and checkpoints that `news` has given
         steps = plan.steps
         if steps is None:
             return
@@ -112,6 +114,19 @@ class Pieces:
         """Step, objective of the weights as they stood, and of their average, of each checkpoint."""
         return [] if self._keeper is None else list(self._keeper.scores)
 
+    def news(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and scalars by tag, of what was found since the last call."""
+        found: list[tuple[int, dict[str, float]]] = []
+        rungs = self._heat.scores if self._heat is not None else (self.race_result or {}).get("scores", [])
+        for rung in rungs[self._told[0] :]:
+            scores = {f"hypergradient/race/lr_{lr:.2g}": s for lr, s in rung.items() if math.isfinite(s)}
+            found.append((self._attachment.steps, scores))
+        for step, raw, averaged in self.readings[self._told[1] :]:
+            pair = {"hypergradient/readout/raw": raw, "hypergradient/readout/averaged": averaged}
+            found.append((step, {tag: s for tag, s in pair.items() if math.isfinite(s)}))
+        self._told = len(rungs), len(self.readings)
+        return found
+
     def finish(self) -> None:
         """The fit is over: put the best weights into the module."""
         if self._keeper is not None and not self.is_racing:
@@ -131,6 +146,7 @@ class Pieces:
             "keeper": None if self._keeper is None else self._keeper.state_dict(),
             "guard": None if self._guard is None else self._guard.state_dict(),
             "race_result": self.race_result,
+            "told": list(self._told),
             "evaluations": [
                 self._training_loss.evaluations if self._training_loss is not None else self._evaluations,
                 self._score.evaluations,
@@ -140,6 +156,7 @@ class Pieces:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the one that returned `state`."""
         self.race_result = state["race_result"]
+        self._told = state["told"][0], state["told"][1]
         if self._heat is not None:
             if state["heat"] is None:
                 self._end_race()

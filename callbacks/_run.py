@@ -191,6 +191,10 @@ class Run:
             )
         )
 
+    def news(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and scalars by tag of the readout's checkpoints and the race's rungs that were not asked for yet."""
+        return [] if self._pieces is None else self._pieces.news()
+
     def validated(self) -> None:
         """The Trainer has been through its validation data."""
         value = self._trainer.callback_metrics.get(self._settings.monitor)

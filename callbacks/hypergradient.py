@@ -42,6 +42,11 @@ class HyperGradient(pl.Callback):
     Every `every_n_steps` optimizer steps one batch of hyper-validation data goes through `validation_step`, and its
     gradient says which way each hyperparameter of the last step should have gone.
 
+    By default, where the run is long enough (about 400 steps) and has one optimizer, the learning rate is found by a
+    short race from the initial weights and follows a cosine, unless the user has a scheduler; weight decay and whatever
+    else is learned follow hypergradients; a run that blows up is rewound; and the module ends with the best weights
+    that were seen, raw or averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
+
     What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
     values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves; one that is 0 in
     some groups only is left at 0 there.
@@ -64,9 +69,19 @@ class HyperGradient(pl.Callback):
         mode: `"min"` if a smaller monitored value is better, `"max"` if a larger one is.
         val_dataloaders: the hyper-validation data, one loader. None takes the Trainer's validation data, and says
             once that the monitored number is then no longer held out.
-        every_n_steps: optimizer steps between two hypergradients, at least 1. Where one batch makes several steps
-            (manual optimization), the last of them is measured.
-        controller: turns hypergradients into moves. Default: `Cautious(Descent())`; `Hold()` only measures.
+        every_n_steps: optimizer steps between two hypergradients, at least 1. None: as many as the budget allows in a
+            planned run, and 5 elsewhere. Where one batch makes several steps (manual optimization), the last of them is
+            measured.
+        controller: turns hypergradients into moves; `Hold()` only measures. None: `Descent`, with lr `Frozen` after a
+            race and `Cautious` where there is none. Who brings one composes the run: of the pieces below only those are
+            there that are named.
+        budget: gradients that the run may spend, over those of plain training; at least 1. A validation loss without
+            its gradient counts as a third of one.
+        race: finds the learning rate; "auto", None or a `Race`.
+        shape: of the learning rate over the run, on top of any schedule; "auto", None or a `Shape`.
+        readout: which weights the module ends with; "auto", None or a `Readout`. Checkpoints hold the weights as they
+            stand, and what the readout keeps in the callback's state.
+        rewind: what happens when the run blows up; "auto", None or a `Rewind`.
         seed: fixes the order of hyper-validation batches and the randomness of their evaluation.
 
     Raises:
@@ -217,6 +232,7 @@ class HyperGradient(pl.Callback):
         if self._run is None:
             return
         self._run.batch_ended()
+        self._tell(trainer)
         if self._run.is_due:
             update = self._run.update()
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -262,6 +278,14 @@ class HyperGradient(pl.Callback):
     def _detach(self) -> None:
         if self._run is not None:
             self._run.detach()
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        """Log what the pieces have found since the last batch."""
+        if self._run is None:
+            return
+        for step, scalars in self._run.news():
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=step)
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, update: Update) -> None:
         for logger in trainer.loggers:
