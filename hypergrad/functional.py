@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import torch
 
 from hypergrad.autodiff import gradient, requiring_grad
-from hypergrad.curvature import Evaluation
+from hypergrad.curvature import Evaluation, TakenStep
 from hypergrad.errors import ConfigurationError, HyperparameterError, NotDifferentiableError
-from hypergrad.estimators.base import Contraction, Estimator
+from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
@@ -102,18 +102,15 @@ def hypergradient(
     # `optimizer` first: its parameters need not be reachable from `model`.
     with preserved(optimizer, model, parameters=True), preserved_rng():
         # The values as they stand in the model now: inside this block its buffers are copies.
-        tracker = chosen.track(optimizer, own, {name: module.value for name, module in modules.items()})
-        replays = _Replays(model)
+        tensors = {name: module.value for name, module in modules.items()}
+        tracker = chosen.track(optimizer, own, tensors)
+        replays = _Replays(model, list(tensors.values()))
         for step, loss in enumerate(train_losses):
             for schedule in own:
                 if isinstance(schedule, Schedule):
                     schedule.write(optimizer, step)
             optimizer.zero_grad(set_to_none=True)
-            again = replays.of(loss) if tracker.needs_loss else None
-            torch.autograd.backward(_scalar(loss(model), "train_losses"))
-            tracker.before_step(again)
-            raw_step(optimizer)
-            tracker.after_step()
+            _take(tracker, model, optimizer, loss, replays)
         if not tracker.params:
             raise NotDifferentiableError(
                 "The last training loss gave no gradient to any parameter of the optimizer: does the optimizer hold "
@@ -211,11 +208,33 @@ def split_names(
     return tuple(curves.get(h.name, h) for h in resolved), modules
 
 
+def _take(
+    tracker: Tracker, model: ModelT, optimizer: torch.optim.Optimizer, loss: Loss[ModelT], replays: _Replays[ModelT]
+) -> None:
+    """One tracked step. A function of its own, so that nothing of its graph is alive during the next."""
+    again: Evaluation | None = replays.of(loss) if tracker.needs_loss else None
+    if again is not None and tracker.needs_graph:
+        tensors = replays.tensors
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        taken = again = TakenStep(again, [*params, *tensors])
+        with requiring_grad(tensors):
+            taken.backward(_scalar(loss(model), "train_losses"))
+            tracker.before_step(taken)
+        for t in tensors:
+            t.grad = None
+    else:
+        torch.autograd.backward(_scalar(loss(model), "train_losses"))
+        tracker.before_step(again)
+    raw_step(optimizer)
+    tracker.after_step()
+
+
 class _Replays(Generic[ModelT]):
     """Evaluates training losses as the real steps did, and counts how often."""
 
-    def __init__(self, model: ModelT) -> None:
+    def __init__(self, model: ModelT, tensors: Sequence[torch.Tensor]) -> None:
         self.calls = 0
+        self.tensors = tensors
         self._model = model
         values = {id(m.value) for m in loss_hyperparameters(model).values()}
         self._buffers = [name for name, b in model.named_buffers() if id(b) not in values]

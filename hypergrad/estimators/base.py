@@ -62,6 +62,11 @@ class Tracker(ABC):
         """Whether steps must be tracked with an evaluation of their training loss."""
         return False
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a `TakenStep` would save the coming `before_step` an evaluation."""
+        return False
+
     @abstractmethod
     def before_step(self, loss: Evaluation | None = None) -> None:
         """Call between the final gradient and the update, on every step that is to be tracked.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ from hypergrad.estimators.base import (
     wide,
 )
 from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.optimizer.closed_forms import carried
 from hypergrad.optimizer.packets import stepped_params
-from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step
+from hypergrad.optimizer.step import Direction, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
 
@@ -127,6 +129,13 @@ class _ForwardTracker(Tracker):
     def needs_loss(self) -> bool:
         return bool(self._tensors) or (self._estimator.decay > 0.0 and self._estimator.curvature is not None)
 
+    @property
+    def needs_graph(self) -> bool:
+        curvature = self._estimator.curvature
+        known = any(tangents.params for tangents in self._tangents.values())
+        return self.needs_loss and curvature is not None and curvature.uses_graph and (known or bool(self._tensors))
+
+    @torch.no_grad()
     def before_step(self, loss: Evaluation | None = None) -> None:
         optimizer = self._optimizer
         stepped = [stepped_params(group) for group in optimizer.param_groups]
@@ -136,14 +145,15 @@ class _ForwardTracker(Tracker):
         for key in self._keys(len(stepped)):
             self._tangents.setdefault(key, StateVector())
         own = {key: self._own_direction(key) for key in self._tangents}
-        grads = self._gradient_tangents(loss, list(moving))
-        for key, before in self._tangents.items():
-            after = differentiate_step(optimizer, Direction(own[key], before.params, grads.get(key, {}), before.state))
-            # A parameter without a gradient stays where it is, and so does its tangent.
-            self._tangents[key] = StateVector(
-                {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
-                {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
-            )
+        with self._gradient_tangents(loss, list(moving)) as gradient_tangent:
+            for key, before in self._tangents.items():
+                direction = Direction(own[key], before.params, gradient_tangent(key), before.state)
+                after = carried(optimizer, direction)
+                # A parameter without a gradient stays where it is, and so does its tangent.
+                self._tangents[key] = StateVector(
+                    {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
+                    {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
+                )
         self._steps += 1
 
     @torch.no_grad()
@@ -246,36 +256,46 @@ class _ForwardTracker(Tracker):
                 for key, tangents in self._tangents.items()
             }
 
+    @contextmanager
     def _gradient_tangents(
         self, loss: Evaluation | None, moving: list[torch.Tensor]
-    ) -> dict[_Key, dict[torch.Tensor, torch.Tensor]]:
-        """The tangent of every gradient, by direction: H Z, and what a hyperparameter in the loss does by itself."""
+    ) -> Iterator[Callable[[_Key], dict[torch.Tensor, torch.Tensor]]]:
+        """The tangent of every gradient in a direction: H Z, and what a hyperparameter in the loss does by itself.
+
+        For one direction after the other, so that no more than one such tangent exists at a time.
+        """
         curvature = self._estimator.curvature
         keys = [key for key, tangents in self._tangents.items() if tangents.params or isinstance(key[1], str)]
         if curvature is None or not keys:
-            return {}
+            yield lambda _: {}
+            return
         if loss is None:
             raise HypergradError("Forward needs the training loss of each step: call before_step(loss).")
         # Also parameters that this step does not move count: the gradients of others depend on them.
         involved = list(dict.fromkeys([*moving, *(p for key in keys for p in self._tangents[key].params)]))
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in involved]
-        result: dict[_Key, dict[torch.Tensor, torch.Tensor]] = {}
+        asked = set(keys)
         with curvature.at(
             loss, [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
         ) as product:
-            for key in keys:
+
+            def along(key: _Key) -> dict[torch.Tensor, torch.Tensor]:
+                if key not in asked:
+                    return {}
                 tangents = self._tangents[key].params
                 ones = [_one_hot(t, key[0]) if name == key[1] else None for name, t in self._tensors.items()]
                 rows = product([*(tangents.get(p) for p in involved), *ones])
                 self._products += 1
                 pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
-                result[key] = {p: t for p, t in pairs if t is not None}
+                return {p: t for p, t in pairs if t is not None}
+
             for name in list(self._unused):
                 alone = [torch.ones_like(t) if n == name else None for n, t in self._tensors.items()]
                 rows = product([*[None] * len(involved), *alone])
                 if any(row is not None for row in rows[: len(involved)]):
                     self._unused.discard(name)
-        return result
+            with torch.no_grad():
+                yield along
 
 
 def _placed(param: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ def exact_counters(packets: Sequence[Packet]) -> Iterator[None]:
 def _partition(
     optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool
 ) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
-    counters = _counters(optimizer, params)
+    counters = counters_of(optimizer, params)
     if not pack:
         return [([p], counters[p]) for p in params]
     packets: dict[Any, list[torch.Tensor]] = {}
@@ -193,7 +193,7 @@ def _partition(
     return [(packet, counters[packet[0]]) for packet in packets.values()]
 
 
-def _counters(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
+def counters_of(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
     """Every number in a parameter's state that torch keeps in a tensor, such as its step count.
 
     Those on an accelerator (fused and capturable rules) are read back together: one synchronisation.
