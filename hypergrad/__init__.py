@@ -30,6 +30,7 @@ from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import rejoin_groups, split_groups
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
@@ -84,8 +85,10 @@ __all__ = [
     "loss_hyperparameters",
     "preserved",
     "preserved_rng",
+    "rejoin_groups",
     "relaxed_dropout",
     "requiring_grad",
     "resolve",
     "split",
+    "split_groups",
 ]

@@ -73,11 +73,11 @@ class TakenStep:
                 self._gradients[x] = x.grad
                 x.grad = x.grad.detach()
 
-    def gradients(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None] | None:
+    def gradients(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...] | None:
         """The gradient of each input with its graph; None if they, or the graph to some input, are not there."""
         if not self._gradients or not self._inputs.issuperset(inputs):
             return None
-        return [self._gradients.get(x) for x in inputs]
+        return tuple(self._gradients.get(x) for x in inputs)
 
 
 class Curvature(ABC):
@@ -110,8 +110,9 @@ class Curvature(ABC):
 class Exact(Curvature):
     """Reverse over reverse (Pearlmutter 1994, "Fast exact multiplication by the Hessian"): exact up to rounding.
 
-    Costs, per direction, about two gradients, and one more where the graph of the step's own is not there. Attention and recurrent layers are
-    evaluated by kernels that can be differentiated twice; compiled modules cannot, and take `FiniteDifference`.
+    Costs about two gradients per direction, and one more where the graph of the step's own is not there. Attention and
+    recurrent layers are evaluated by kernels that can be differentiated twice; compiled modules cannot, and take
+    `FiniteDifference`.
     """
 
     @property
@@ -126,16 +127,15 @@ class Exact(Curvature):
             gradients = loss.gradients(inputs) if isinstance(loss, TakenStep) else None
             if gradients is None:
                 with _refusals():
-                    found = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
-                gradients = list(found)
+                    gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
+                _check_same(gradients, grads)
             # A gradient without a graph is a constant: the loss is linear in that input.
-            alive = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            wrong = passes_through([gradients[i] for i in alive], set(_WRONG_TWICE))
+            alive = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
+            wrong = passes_through(list(alive.values()), set(_WRONG_TWICE))
             if wrong is not None:
                 raise NotDifferentiableError(
                     f"The training loss goes through {_WRONG_TWICE[wrong]}: use curvature=FiniteDifference()."
                 )
-            _check_same(gradients, grads)
 
             def product(v: Vector) -> list[torch.Tensor | None]:
                 rows = [i for i in alive if v[i] is not None]
@@ -144,7 +144,7 @@ class Exact(Curvature):
                 with _refusals():
                     return list(
                         torch.autograd.grad(
-                            [gradients[i] for i in rows],
+                            [alive[i] for i in rows],
                             list(inputs),
                             [v[i] for i in rows],
                             retain_graph=True,

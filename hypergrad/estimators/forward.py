@@ -28,6 +28,7 @@ from hypergrad.optimizer.packets import stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import reference, units, weights
 
 # One direction per number: beyond this many, going backwards is cheaper by far.
 _MOST_DIRECTIONS = 256
@@ -97,9 +98,8 @@ class Forward(Estimator):
         return _ForwardTracker(self, optimizer, hyperparameters, tensors)
 
 
-# What a direction is along: a hyperparameter of a param group, a knot of a schedule, or an element of a tensor in the
-# loss.
-_Key = tuple[int, OptimizerHyperparameter | Schedule | str]
+# What a direction is along: a number of a hyperparameter, a knot of a schedule, or an element of a tensor in the loss.
+_Key = tuple[int, Learned | str]
 
 
 class _ForwardTracker(Tracker):
@@ -117,6 +117,7 @@ class _ForwardTracker(Tracker):
         self._unused = set(tensors)
         self._tangents: dict[_Key, StateVector] = {}
         self._paces: dict[_Key, Pace] = {}
+        self._units: dict[str, int] = {}  # how many numbers each hyperparameter has
         self._moved: list[torch.Tensor] = []  # by any tracked step
         self._steps = 0
         self._products = 0
@@ -142,7 +143,9 @@ class _ForwardTracker(Tracker):
         moving = dict.fromkeys(p for params in stepped for p in params)
         self._fade()
         self._moved = list(dict.fromkeys([*self._moved, *moving]))
-        for key in self._keys(len(stepped)):
+        for h in self._hyperparameters:
+            self._units[h.name] = len(h.knots) if isinstance(h, Schedule) else len(units(h, optimizer.param_groups))
+        for key in self._keys():
             self._tangents.setdefault(key, StateVector())
         own = {key: self._own_direction(key) for key in self._tangents}
         with self._gradient_tangents(loss, list(moving)) as gradient_tangent:
@@ -160,7 +163,6 @@ class _ForwardTracker(Tracker):
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._tangents:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
-        groups = len(self._optimizer.param_groups)
         dtype = wide(list(gradients.values()))
         device = next(iter(gradients)).device if gradients else torch.device("cpu")
         zero = torch.zeros((), device=device, dtype=dtype)
@@ -173,17 +175,18 @@ class _ForwardTracker(Tracker):
         hypergradients: dict[str, torch.Tensor] = {}
         tangent_norms: dict[str, torch.Tensor] = {}
         for h in self._hyperparameters:
-            rows = [pairs[i, h] for i in range(len(h.knots) if isinstance(h, Schedule) else groups)]
+            rows = [pairs[i, h] for i in range(self._units[h.name])]
             hypergradients[h.name], tangent_norms[h.name] = (torch.stack(column) for column in zip(*rows, strict=True))
         for name, tensor in self._tensors.items():
             rows = [pairs[i, name] for i in range(tensor.numel())]
             through, norms = (torch.stack(column).view(tensor.shape) for column in zip(*rows, strict=True))
             hypergradients[name] = through + gradients[tensor].to(through)
             tangent_norms[name] = norms
-        # A group's hyperparameter acts, through the loss, on the parameters of all.
+        # Every hyperparameter acts, through the loss, on all parameters.
         whole = norm([gradients[p] for p in self._moved], dtype)
+        gradient_norms = {name: whole.expand(norms.shape) for name, norms in tangent_norms.items()}
         return Contraction(
-            hypergradients, tangent_norms, whole.expand(groups), products=self._products, unused=tuple(self._unused)
+            hypergradients, tangent_norms, gradient_norms, products=self._products, unused=tuple(self._unused)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,15 +212,21 @@ class _ForwardTracker(Tracker):
         self._steps = state["steps"]
         self._moved = [params[i] for i in state["moved"]]
         self._unused = set(state["unused"]) & set(self._tensors)
-        for key in self._keys(len(self._optimizer.param_groups)):
-            if _label(key) in state["tangents"]:
-                saved = state["tangents"][_label(key)]
+        known: dict[str, Learned | str] = {h.name: h for h in self._hyperparameters}
+        known |= {name: name for name in self._tensors}
+        for label in {*state["tangents"], *state["paces"]}:
+            name, _, index = label.rpartition("/")
+            if name not in known:
+                continue
+            key = int(index), known[name]
+            if label in state["tangents"]:
+                saved = state["tangents"][label]
                 self._tangents[key] = StateVector(
                     {params[i]: t.to(params[i].device) for i, t in saved["params"].items()},
                     {params[i]: {k: _placed(params[i], t) for k, t in e.items()} for i, e in saved["state"].items()},
                 )
-            if _label(key) in state["paces"]:
-                self._paces.setdefault(key, Pace()).load_state_dict(state["paces"][_label(key)])
+            if label in state["paces"]:
+                self._paces.setdefault(key, Pace()).load_state_dict(state["paces"][label])
 
     def _all_params(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -229,18 +238,18 @@ class _ForwardTracker(Tracker):
         if isinstance(what, Schedule):
             rate = what.rates(self._steps).get(index, 0.0)
             return {(i, what.hyperparameter): rate for i in range(len(self._optimizer.param_groups)) if rate}
-        rate, anew = self._paces.setdefault(key, Pace()).step(what, what.read(self._optimizer.param_groups[index]))
+        groups = self._optimizer.param_groups
+        unit = units(what, groups)[index]
+        value = what.read(groups[reference(what, groups, unit)])
+        rate, anew = self._paces.setdefault(key, Pace()).step(what, value)
         if anew:
             self._tangents[key] = StateVector()
-        return {(index, what): rate} if rate else {}
+        matrix = weights(what, groups)
+        shares = {i: 1.0 if matrix is None else float(matrix[index, i]) for i in unit}
+        return {(i, what): rate * share for i, share in shares.items() if rate * share}
 
-    def _keys(self, groups: int) -> list[_Key]:
-        ours: list[_Key] = []
-        for h in self._hyperparameters:
-            if isinstance(h, Schedule):
-                ours += [(i, h) for i in range(len(h.knots))]
-            else:
-                ours += [(i, h) for i in range(groups)]
+    def _keys(self) -> list[_Key]:
+        ours: list[_Key] = [(i, h) for h in self._hyperparameters for i in range(self._units[h.name])]
         return ours + [(i, name) for name, tensor in self._tensors.items() for i in range(tensor.numel())]
 
     def _fade(self) -> None:

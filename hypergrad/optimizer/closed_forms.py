@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hypergrad.hyperparameter import ParamGroup
-from hypergrad.optimizer.packets import counters_of, stepped_params
+from hypergrad.optimizer.packets import counters_of, gradient_of, stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, differentiate_step
 from hypergrad.pieces import pieces, pieces_of
 
@@ -50,14 +50,13 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
 
     Tangents in `direction.params` and `direction.state` may be overwritten: of a closed form, the result is in them.
     """
-    groups = [_rule_of(optimizer, group) for group in optimizer.param_groups]
+    groups = optimizer.param_groups
     asked = {(index, h.name): rate for (index, h), rate in direction.hyperparameters.items()}
-    rules = [rule for rule in groups if rule is not None]
-    known = all(groups[index] is not None and name in groups[index].names for index, name in asked)  # type: ignore[union-attr]
-    if len(rules) < len(groups) or not known:
+    rules = [rule for rule in (_rule_of(optimizer, group) for group in groups) if rule is not None]
+    if len(rules) < len(groups) or not all(name in rules[index].names for index, name in asked):
         return differentiate_step(optimizer, direction)
     result = StateVector()
-    for index, (group, rule) in enumerate(zip(optimizer.param_groups, rules, strict=True)):
+    for index, (group, rule) in enumerate(zip(groups, rules, strict=True)):
         rates = {name: rate for (i, name), rate in asked.items() if i == index}
         params = stepped_params(group)
         counters = counters_of(optimizer, params)
@@ -69,7 +68,8 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
             }
             if not rates and all(tangent is None for tangent in along.values()):
                 continue
-            after = _carry(rule, p, optimizer.state.get(p, {}), along, group, rates, counters[p].get("step", 0.0))
+            step = counters[p].get("step", 0.0)
+            after = _carry(rule, p, gradient_of(p), optimizer.state.get(p, {}), along, group, rates, step)
             if "param" in after:
                 result.params[p] = after.pop("param")
             if after:
@@ -191,6 +191,7 @@ def _rule_of(optimizer: torch.optim.Optimizer, group: ParamGroup) -> _Rule | Non
 def _carry(
     rule: _Rule,
     param: torch.Tensor,
+    grad: torch.Tensor,
     state: Mapping[str, Any],
     along: Parts,
     group: ParamGroup,
@@ -199,26 +200,25 @@ def _carry(
 ) -> dict[str, torch.Tensor]:
     """The tangents after a step, by key; those before it are overwritten."""
     assert param.grad is not None
-    values = {"param": param.detach(), "grad": param.grad.detach(), **{key: state.get(key) for key in rule.state}}
+    entries = {key: state.get(key) for key in rule.state}
     count = pieces_of(param)
     result: dict[str, torch.Tensor] = {}
     targets: dict[str, list[torch.Tensor]] = {}
-    split = {key: _pieces(t, count) for key, t in values.items()}
+    values, grads = pieces(param.detach(), count), pieces(grad, count)
+    entries = {key: _pieces(state.get(key), count) for key in rule.state}
     moving = {key: _pieces(t, count) for key, t in along.items()}
-    for i in range(count):
-        here = {key: parts[i] for key, parts in split.items()}
+    for i, (value, slope) in enumerate(zip(values, grads, strict=True)):
+        known = {key: parts[i] for key, parts in entries.items()}
         before = {key: parts[i] for key, parts in moving.items()}
-        entries = {key: here[key] for key in rule.state}
-        after = rule.derivative(_Elements(here["param"], here["grad"], entries, before, group, rates, step))
-        for key, value in after.items():
-            if value is None:
+        after = rule.derivative(_Elements(value, slope, known, before, group, rates, step))
+        for key, tangent in after.items():
+            if tangent is None:
                 continue
             if key not in result:
-                known = along[key]
-                ours = known is not None and known.is_contiguous()
-                result[key] = known if known is not None and ours else torch.empty_like(param)
+                old = along[key]
+                result[key] = old if old is not None and old.is_contiguous() else torch.empty_like(param)
                 targets[key] = pieces(result[key], count)
-            targets[key][i].copy_(value)
+            targets[key][i].copy_(tangent)
     return result
 
 

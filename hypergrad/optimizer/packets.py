@@ -83,7 +83,7 @@ class Packet:
             group=group,
             params=params,
             param=_joined([p.detach() for p in params]),
-            grad=_joined([_grad(p) for p in params]),
+            grad=_joined([gradient_of(p) for p in params]),
             state=state,
             counters=frozenset(counters),
         )
@@ -220,7 +220,8 @@ def _is_counter(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
     return value.dim() == 0 and value.is_floating_point() and (param.dim() > 0 or key in _COUNTERS)
 
 
-def _grad(param: torch.Tensor) -> torch.Tensor:
+def gradient_of(param: torch.Tensor) -> torch.Tensor:
+    """The gradient that a step would take."""
     if param.grad is None:
         raise UnsupportedOptimizerError("A parameter lost its gradient while its step was differentiated.")
     return param.grad.detach()
