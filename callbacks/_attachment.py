@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,30 @@ from hypergrad import (
     Tracker,
     Tuner,
     raw_step,
+    rejoin_groups,
+    split_groups,
 )
 from hypergrad.callbacks._history import Stopwatch
 from hypergrad.callbacks._training import StepLoss, TrainingLoss
+
+
+@dataclass(frozen=True)
+class Row:
+    """A param group or, where something is learned per tensor, one tensor of it.
+
+    Args:
+        group: index of the param group.
+        params: its parameters.
+        learned: hyperparameters by key; under one key they move together.
+    """
+
+    group: int
+    params: list[torch.Tensor]
+    learned: dict[str, OptimizerHyperparameter] = field(default_factory=dict)
+
+    def place(self, hyperparameter: OptimizerHyperparameter, index: int) -> tuple[int, ...]:
+        """Which of a hyperparameter's numbers acts on the row of this index; nothing where there is only one."""
+        return {"shared": (), "group": (self.group,), "tensor": (index,)}[hyperparameter.per]
 
 
 class Attachment:
@@ -70,7 +92,9 @@ class Attachment:
         self._index = index
         self._tuner = tuner
         self._every_n_steps = every_n_steps
-        self._layout: list[dict[str, OptimizerHyperparameter]] = []
+        self._layout: list[Row] = []
+        self._per_tensor = any(h.per == "tensor" for h in hyperparameters)
+        self._standing: list[dict[str, Any]] | None = None  # the user's groups, while every tensor has its own
         self._used: dict[str, tuple[float, float]] = {}
         self._scheduled: list[tuple[dict[str, Any], str, Any]] = []
         for group in optimizer.param_groups:
@@ -88,60 +112,60 @@ class Attachment:
             handle.remove()
         self._handles.clear()
 
-    def layout(self) -> list[dict[str, OptimizerHyperparameter]]:
-        """What is learned in each param group, by key.
+    def layout(self) -> list[Row]:
+        """What is learned in each param group, or in each tensor where something is learned per tensor.
 
         A group with weight decay 0 beside one with a positive one is taken to be excluded on purpose, as biases and
         norms are, and stays at 0. Decided when a group is first seen.
         """
         groups = self.optimizer.param_groups
-        if len(self._layout) != len(groups):
-            self._layout = [{} for _ in groups]
+        if self._standing is not None:  # in the middle of a step
+            return self._layout
+        parts = [[[p] for p in g["params"]] if self._per_tensor else [g["params"]] for g in groups]
+        if len(self._layout) != sum(map(len, parts)):
+            self._layout = [Row(i, params) for i, split in enumerate(parts) for params in split]
             for h in self.hyperparameters:
                 excluded = [h.floor is not None and h.read(group) == 0.0 for group in groups]
-                for i, mine in enumerate(self._layout):
-                    if not excluded[i] or all(excluded):
-                        mine[f"{self._index}/{h.name}/{i}"] = h
+                for i, row in enumerate(self._layout):
+                    if not excluded[row.group] or all(excluded):
+                        row.learned["/".join([f"{self._index}/{h.name}", *map(str, row.place(h, i))])] = h
         return self._layout
 
     def values(self) -> dict[str, float]:
         """The value that the next step would use, by key; of lr without its shape over the run."""
         values: dict[str, float] = {}
-        for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
-            values.update(self._tuner.values(group, mine))
+        layout, groups = self.layout(), self._standing or self.optimizer.param_groups
+        for row in layout:
+            for key, value in self._tuner.values(groups[row.group], row.learned).items():
+                if _stands_for(row.learned[key], values.get(key), value):
+                    values[key] = value
         return values
 
     def measurements(
         self, hypergradients: dict[str, list[float]], scales: dict[str, list[float] | None]
     ) -> list[Measurement]:
         """Pair the numbers of a contraction with the values that the tracked step used."""
-        return [
-            Measurement(
-                key=key,
-                hyperparameter=h,
-                scheduled=self._used[key][0],
-                value=self._used[key][1],
-                hypergradient=hypergradients[h.name][i],
-                scale=scale[i] if (scale := scales[h.name]) is not None else None,
-            )
-            for i, mine in enumerate(self.layout())
-            for key, h in mine.items()
-            if key in self._used and i < len(hypergradients[h.name])
-        ]
+        found: dict[str, Measurement] = {}
+        for at, row in enumerate(self.layout()):
+            for key, h in row.learned.items():
+                i = next(iter(row.place(h, at)), 0)
+                if key not in self._used or key in found or i >= len(hypergradients[h.name]):
+                    continue
+                (scheduled, value), scale = self._used[key], scales[h.name]
+                found[key] = Measurement(
+                    *(key, h, scheduled, value, hypergradients[h.name][i]), None if scale is None else scale[i]
+                )
+        return list(found.values())
 
     def place_lr(self, offset: float) -> None:
         """Let the learning rates of all param groups be `exp(offset)` times what the schedule says."""
-        for mine in self.layout():
-            for key, hyperparameter in mine.items():
-                if hyperparameter.name == "lr":
-                    self._tuner.place(key, offset)
+        for key in self._lr_keys():
+            self._tuner.place(key, offset)
 
     def scale_lr(self, factor: float) -> None:
         """Multiply the learning rates of all param groups, beside all that has been learned."""
-        for mine in self.layout():
-            for key, hyperparameter in mine.items():
-                if hyperparameter.name == "lr":
-                    self._tuner.place(key, self._tuner.offset(key) + math.log(factor))
+        for key in self._lr_keys():
+            self._tuner.place(key, self._tuner.offset(key) + math.log(factor))
 
     def step_again(self) -> None:
         """One more update with the gradients that stand there, under the learned values; no hook hears of it."""
@@ -231,13 +255,22 @@ class Attachment:
     def _apply_learned(self) -> None:
         self._restore_schedule()  # a step that raised, or a closure that was called twice
         self._used = {}
-        for group, mine in zip(self.optimizer.param_groups, self.layout(), strict=True):
-            pairs = self._tuner.pairs(self._shaped(group), mine)
-            for (key, hyperparameter), (scheduled, value) in zip(mine.items(), pairs, strict=True):
-                self._used[key] = (scheduled, value)
+        layout = self.layout()
+        shaped = [self._shaped(group) for group in self.optimizer.param_groups]
+        pairs = [self._tuner.pairs(shaped[row.group], row.learned) for row in layout]
+        if self._per_tensor:
+            self._standing = split_groups(self.optimizer)
+        for group, row, found in zip(self.optimizer.param_groups, layout, pairs, strict=True):
+            for (key, hyperparameter), (scheduled, value) in zip(row.learned.items(), found, strict=True):
+                known = self._used.get(key)
+                if _stands_for(hyperparameter, None if known is None else known[1], value):
+                    self._used[key] = (scheduled, value)
                 if value != hyperparameter.read(group):
                     self._scheduled.append((group, hyperparameter.key, group[hyperparameter.key]))
                     hyperparameter.write(group, value)
+
+    def _lr_keys(self) -> set[str]:
+        return {key for row in self.layout() for key, h in row.learned.items() if h.name == "lr"}
 
     def _shaped(self, group: dict[str, Any]) -> dict[str, Any]:
         """The param group as the schedule and the shape over the run have it."""
@@ -247,6 +280,15 @@ class Attachment:
         while self._scheduled:  # last written first: of two entries of one tuple, the oldest value is restored last
             group, key, value = self._scheduled.pop()
             group[key] = value
+        if self._standing is not None:
+            rejoin_groups(self.optimizer, self._standing, {h.key for h in self.hyperparameters})
+            self._standing = None
+
+
+def _stands_for(hyperparameter: OptimizerHyperparameter, known: float | None, value: float) -> bool:
+    """Whether a shared number is counted in units of this group's value: the first that can move."""
+    slope = hyperparameter.coordinate.slope
+    return known is None or (slope(known) == 0.0 < slope(value))
 
 
 def _check_entry(group: dict[str, Any], hyperparameter: OptimizerHyperparameter) -> None:

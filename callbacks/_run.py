@@ -426,14 +426,13 @@ class Run:
         value = next(numbers)
         measurements: list[Measurement] = []
         for attachment, contraction in zip(due, contractions, strict=True):
-            groups = len(contraction.gradient_norms)
-            norms = [next(numbers) for _ in range(groups)]
             hypergradients: dict[str, list[float]] = {}
             scales: dict[str, list[float] | None] = {}
             for name in (h.name for h in attachment.hyperparameters):
-                hypergradients[name] = [next(numbers) for _ in range(groups)]
+                count = len(contraction.hypergradients[name])
+                hypergradients[name] = [next(numbers) for _ in range(count)]
                 known = name in contraction.tangent_norms
-                scales[name] = [next(numbers) * norm for norm in norms] if known else None
+                scales[name] = [next(numbers) for _ in range(count)] if known else None
             measurements += attachment.measurements(hypergradients, scales)
         return value, measurements
 
@@ -457,13 +456,12 @@ class Run:
         """Every number of an update in one transfer, averaged over ranks."""
         columns = [loss.reshape(1)]
         for contraction in contractions:
-            columns.append(contraction.gradient_norms)
             for name, hypergradients in contraction.hypergradients.items():
                 if name in self._modules:
                     continue
                 columns.append(hypergradients)
                 if name in contraction.tangent_norms:
-                    columns.append(contraction.tangent_norms[name])
+                    columns.append(contraction.tangent_norms[name] * contraction.gradient_norms[name])
         wide = torch.float64 if any(c.dtype == torch.float64 for c in columns) else torch.float32
         packed = torch.cat([c.to(loss.device, wide) for c in columns])
         if self._trainer.world_size > 1:
@@ -473,18 +471,21 @@ class Run:
     def _labels(self) -> dict[str, str]:
         """What a user calls each coordinate, by its key."""
         labels = {}
+        parameters: dict[torch.Tensor, str] = {p: name for name, p in self._trainer.lightning_module.named_parameters()}
         for i, attachment in enumerate(self._attachments):
             groups = attachment.optimizer.param_groups
             names = [str(group.get("name", f"group_{at}")) for at, group in enumerate(groups)]
             if len(set(names)) < len(names):
                 names = [f"group_{at}" for at in range(len(groups))]
-            for at, mine in enumerate(attachment.layout()):
-                for key, hyperparameter in mine.items():
+            for row in attachment.layout():
+                for key, hyperparameter in row.learned.items():
                     parts = [hyperparameter.name]
-                    if len(self._attachments) > 1:
+                    if hyperparameter.per == "tensor":
+                        parts.append(parameters.get(row.params[0], key))
+                    elif len(self._attachments) > 1:
                         parts.append(f"optimizer_{i}")
-                    if len(groups) > 1:
-                        parts.append(names[at])
+                    if hyperparameter.per == "group" and len(groups) > 1:
+                        parts.append(names[row.group])
                     labels[key] = "/".join(parts)
         return labels
 

@@ -35,6 +35,7 @@ from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import rejoin_groups, split_groups
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.torch_internals import raw_step
 from hypergrad.training_state import TrainingState, live_tensors, write_tensors
@@ -102,9 +103,11 @@ __all__ = [
     "preserved",
     "preserved_rng",
     "raw_step",
+    "rejoin_groups",
     "relaxed_dropout",
     "requiring_grad",
     "resolve",
     "split",
+    "split_groups",
     "write_tensors",
 ]

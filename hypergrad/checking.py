@@ -20,6 +20,7 @@ from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter
 from hypergrad.rng import preserved_rng
+from hypergrad.scopes import reference, split_where_asked, units, write
 from hypergrad.torch_internals import raw_step
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
@@ -32,7 +33,7 @@ class CheckedHyperparameter:
     """One hypergradient beside its central difference.
 
     Args:
-        name: the hyperparameter, followed by the param group's index where there are several, or by the element's.
+        name: the hyperparameter, followed by the index of param group, tensor or element where there are several.
         estimate: d(validation loss)/d(value) by the estimator.
         difference: the same by central differences of the whole computation, of the step whose neighbours agree best.
         uncertainty: how far the neighbouring steps are apart: rounding, or a loss with kinks.
@@ -112,10 +113,11 @@ def check(
     first = _first_step(estimator or Online(), len(train_losses))
     named, modules = split_names(optimizer, model, hyperparameters)
     own = without_schedules(named, "check")
-    groups = len(optimizer.param_groups)
+    with split_where_asked(optimizer, own):
+        counts = {h.name: len(units(h, optimizer.param_groups)) for h in own}
     spots: list[tuple[str, int, OptimizerHyperparameter | Hyperparameter, int]] = []
     for h in own:
-        spots += [(h.name, i, h, groups) for i in range(groups)]
+        spots += [(h.name, i, h, counts[h.name]) for i in range(counts[h.name])]
     for path, module in modules.items():
         elements = torch.linspace(0, module.value.numel() - 1, min(8, module.value.numel())).long().tolist()
         spots += [(path, i, module, module.value.numel()) for i in elements]
@@ -123,7 +125,7 @@ def check(
     for path, index, what, count in spots:
         difference, uncertainty = _Run(model, optimizer, train_losses, val_loss, what, index, first).difference()
         estimate = float(found.grads[path].reshape(-1)[index])
-        kind = "group" if isinstance(what, OptimizerHyperparameter) else "element"
+        kind = what.per if isinstance(what, OptimizerHyperparameter) else "element"
         verdict = _verdict(estimate, difference, uncertainty, tolerance)
         name = path if count == 1 else f"{path}, {kind} {index}"
         rows.append(CheckedHyperparameter(name, estimate, difference, uncertainty, verdict))
@@ -139,7 +141,7 @@ def _first_step(estimator: Estimator, steps: int) -> int:
 
 @dataclass(frozen=True)
 class _Run(Generic[ModelT]):
-    """The validation loss as a function of one value, in one param group or element, used from step `first` on."""
+    """The validation loss as a function of one number of a hyperparameter, used from step `first` on."""
 
     model: ModelT
     optimizer: torch.optim.Optimizer
@@ -153,7 +155,9 @@ class _Run(Generic[ModelT]):
         """The central difference whose next neighbours agree with it best, and how far they are off."""
         what = self.hyperparameter
         if isinstance(what, OptimizerHyperparameter):
-            value = what.read(self.optimizer.param_groups[self.index])
+            with split_where_asked(self.optimizer, [what]):
+                groups = self.optimizer.param_groups
+                value = what.read(groups[reference(what, groups, units(what, groups)[self.index])])
         else:
             value = float(what.value.reshape(-1)[self.index])
         room = min(value, 1.0 - value) if 0.0 < value < 1.0 else abs(value) or 1e-3
@@ -167,7 +171,9 @@ class _Run(Generic[ModelT]):
         return table[best + 1], finite[best]
 
     def value_at(self, value: float) -> float:
-        with preserved(self.optimizer, self.model, parameters=True), preserved_rng():
+        what, optimizer = self.hyperparameter, self.optimizer
+        own = [what] if isinstance(what, OptimizerHyperparameter) else []
+        with preserved(optimizer, self.model, parameters=True), preserved_rng(), split_where_asked(optimizer, own):
             for i, loss in enumerate(self.train_losses):
                 if i == self.first:
                     self._write(value)
@@ -178,7 +184,8 @@ class _Run(Generic[ModelT]):
 
     def _write(self, value: float) -> None:
         if isinstance(self.hyperparameter, OptimizerHyperparameter):
-            self.hyperparameter.write(self.optimizer.param_groups[self.index], value)
+            what, groups = self.hyperparameter, self.optimizer.param_groups
+            write(what, groups, units(what, groups)[self.index], value)
         else:
             self.hyperparameter.value.view(-1)[self.index] = value  # a copy: `preserved` puts the user's back
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad.autodiff import passes_through, requiring_grad
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
+from hypergrad.pieces import pieces, pieces_of
 
 # Evaluates the training loss of one step at the parameters as they stand: the same batch, randomness and buffers at
 # every call, and no trace left.
@@ -21,6 +23,17 @@ Evaluation = Callable[[], torch.Tensor]
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
 
+# Nodes of kernels that have no second derivative where others that compute the same have one.
+_FUSED = {
+    "ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductFusedAttentionOverrideableBackward0",
+    "CudnnRnnBackward0",
+}
+# Nodes through which a gradient flows that is no graph of its inputs.
+_CLOSED = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
 # Nodes that autograd differentiates a second time without a word, and wrongly.
 _WRONG_TWICE = {
     # Left where a function is differentiable once: autograd goes round it and gives 0.
@@ -29,8 +42,51 @@ _WRONG_TWICE = {
 }
 
 
+class TakenStep:
+    """The evaluation whose gradient a step takes, while its graph is there: callable like any other `Evaluation`.
+
+    With its gradient at hand, `Exact` needs no evaluation of its own.
+
+    Args:
+        again: evaluates the same loss once more.
+        inputs: the parameters that had required a gradient, and tensors of hyperparameters.
+    """
+
+    def __init__(self, again: Evaluation, inputs: Sequence[torch.Tensor]) -> None:
+        self._again = again
+        self._inputs = set(inputs)
+        self._gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __call__(self) -> torch.Tensor:
+        return self._again()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """As `loss.backward()`, but the gradients keep their graph if they can be differentiated again."""
+        if passes_through([loss], _FUSED | _CLOSED):
+            torch.autograd.backward(loss)
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using backward.*with create_graph=True")  # it is cut below
+            torch.autograd.backward(loss, create_graph=True)
+        for x in self._inputs:
+            if x.grad is not None:
+                self._gradients[x] = x.grad
+                x.grad = x.grad.detach()
+
+    def gradients(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...] | None:
+        """The gradient of each input with its graph; None if they, or the graph to some input, are not there."""
+        if not self._gradients or not self._inputs.issuperset(inputs):
+            return None
+        return tuple(self._gradients.get(x) for x in inputs)
+
+
 class Curvature(ABC):
     """A way to compute H v, where H is the Hessian of the training loss with respect to all inputs together."""
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether the graph of a `TakenStep` saves it an evaluation."""
+        return False
 
     @abstractmethod
     def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> AbstractContextManager[Product]:
@@ -54,29 +110,32 @@ class Curvature(ABC):
 class Exact(Curvature):
     """Reverse over reverse (Pearlmutter 1994, "Fast exact multiplication by the Hessian"): exact up to rounding.
 
-    Costs one more evaluation of the gradient and, per direction, about two. Attention and recurrent layers are
-    evaluated by kernels that can be differentiated twice; compiled modules cannot, and take `FiniteDifference`.
+    Costs about two gradients per direction, and one more where the graph of the step's own is not there. Attention and
+    recurrent layers are evaluated by kernels that can be differentiated twice; compiled modules cannot, and take
+    `FiniteDifference`.
     """
 
+    @property
+    def uses_graph(self) -> bool:
+        """Whether the graph of a `TakenStep` saves it an evaluation."""
+        return True
+
     @contextmanager
-    def at(
-        self,
-        loss: Evaluation,
-        inputs: Sequence[torch.Tensor],
-        grads: Vector,
-    ) -> Iterator[Product]:
+    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> Iterator[Product]:
         """See `Curvature.at`."""
         with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
-            with _refusals():
-                gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
+            gradients = loss.gradients(inputs) if isinstance(loss, TakenStep) else None
+            if gradients is None:
+                with _refusals():
+                    gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
+                _check_same(gradients, grads)
             # A gradient without a graph is a constant: the loss is linear in that input.
-            alive = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            wrong = passes_through([gradients[i] for i in alive], set(_WRONG_TWICE))
+            alive = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
+            wrong = passes_through(list(alive.values()), set(_WRONG_TWICE))
             if wrong is not None:
                 raise NotDifferentiableError(
                     f"The training loss goes through {_WRONG_TWICE[wrong]}: use curvature=FiniteDifference()."
                 )
-            _check_same(gradients, grads)
 
             def product(v: Vector) -> list[torch.Tensor | None]:
                 rows = [i for i in alive if v[i] is not None]
@@ -85,7 +144,7 @@ class Exact(Curvature):
                 with _refusals():
                     return list(
                         torch.autograd.grad(
-                            [gradients[i] for i in rows],
+                            [alive[i] for i in rows],
                             list(inputs),
                             [v[i] for i in rows],
                             retain_graph=True,
@@ -150,7 +209,7 @@ class FiniteDifference(Curvature):
                             # An element whose gradient is exactly 0 stays so: a dead unit, a row of an embedding that
                             # the batch lacks. Adam divides by the root of its second moment, 0, and would make of a
                             # unit that the difference wakes up a tangent of 1 / eps.
-                            change = torch.where(b == 0.0, b, (a - b) / length.to(a))
+                            change = _quotient(a, b, length.to(a))
                             known = result[i]
                             result[i] = change if known is None else known + change
                 return result
@@ -158,12 +217,20 @@ class FiniteDifference(Curvature):
             yield product
 
 
+def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """(a - b) / length, and 0 where b is."""
+    result, count = torch.empty_like(b, memory_format=torch.contiguous_format), pieces_of(b)
+    for x, y, target in zip(pieces(a, count), pieces(b, count), pieces(result, count), strict=True):
+        torch.sub(x, y, out=target).div_(length).masked_fill_(y == 0.0, 0.0)
+    return result
+
+
 @contextmanager
 def _moved(inputs: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], length: torch.Tensor) -> Iterator[None]:
     before = [x.detach().clone() for x in inputs]
     try:
         for x, direction in zip(inputs, directions, strict=True):
-            x.add_(direction * length.to(x))
+            x.addcmul_(direction, length.to(x))
         yield
     finally:
         for x, old in zip(inputs, before, strict=True):

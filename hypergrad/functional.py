@@ -9,15 +9,16 @@ from typing import Generic, TypeVar
 import torch
 
 from hypergrad.autodiff import gradient, requiring_grad
-from hypergrad.curvature import Evaluation
+from hypergrad.curvature import Evaluation, TakenStep
 from hypergrad.errors import ConfigurationError, HyperparameterError, NotDifferentiableError
-from hypergrad.estimators.base import Contraction, Estimator
+from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.rng import RngState, preserved_rng
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import reference, split_where_asked, units
 from hypergrad.torch_internals import raw_step
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
@@ -29,8 +30,9 @@ Name = str | OptimizerHyperparameter | Schedule | Hyperparameter
 class HypergradientResult(Generic[ModelT]):
     """What `hypergradient` found.
 
-    Of an optimizer's hyperparameter, shapes are `()` with one param group and `(groups,)` with several; of a
-    `Schedule` `(knots,)`; of a `Hyperparameter` in the loss, those of its value.
+    Of an optimizer's hyperparameter, shapes are `()` with one param group or `per="shared"`, `(groups,)` with several,
+    and `(tensors,)` with `per="tensor"`, in the order of the param groups; of a `Schedule` `(knots,)`; of a
+    `Hyperparameter` in the loss, those of its value.
 
     Args:
         grads: d(validation loss)/d(value) by hyperparameter name, in natural units (per unit of lr, not of log lr).
@@ -100,20 +102,18 @@ def hypergradient(
     own, modules = split_names(optimizer, model, hyperparameters)
     chosen = estimator or Online()
     # `optimizer` first: its parameters need not be reachable from `model`.
-    with preserved(optimizer, model, parameters=True), preserved_rng():
+    plain = [h for h in own if isinstance(h, OptimizerHyperparameter)]
+    with preserved(optimizer, model, parameters=True), preserved_rng(), split_where_asked(optimizer, plain):
         # The values as they stand in the model now: inside this block its buffers are copies.
-        tracker = chosen.track(optimizer, own, {name: module.value for name, module in modules.items()})
-        replays = _Replays(model)
+        tensors = {name: module.value for name, module in modules.items()}
+        tracker = chosen.track(optimizer, own, tensors)
+        replays = _Replays(model, list(tensors.values()))
         for step, loss in enumerate(train_losses):
             for schedule in own:
                 if isinstance(schedule, Schedule):
                     schedule.write(optimizer, step)
             optimizer.zero_grad(set_to_none=True)
-            again = replays.of(loss) if tracker.needs_loss else None
-            torch.autograd.backward(_scalar(loss(model), "train_losses"))
-            tracker.before_step(again)
-            raw_step(optimizer)
-            tracker.after_step()
+            _take(tracker, model, optimizer, loss, replays)
         if not tracker.params:
             raise NotDifferentiableError(
                 "The last training loss gave no gradient to any parameter of the optimizer: does the optimizer hold "
@@ -129,18 +129,20 @@ def hypergradient(
             "call the Hyperparameter in the training loss, in a term that also has parameters of the optimizer, "
             "without .item() or .detach()."
         )
-    found, scalars = contraction.hypergradients, {h.name for h in own if isinstance(h, OptimizerHyperparameter)}
+    found = contraction.hypergradients
+    scalars = {h.name for h in own if isinstance(h, OptimizerHyperparameter) and h.per != "tensor"}
 
     def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return _squeezed(tensor) if name in scalars else tensor
 
-    units = _units(optimizer, own, modules)
+    with split_where_asked(optimizer, plain):
+        slopes = _units(optimizer, own, modules)
     return HypergradientResult(
         grads={name: shaped(name, h) for name, h in found.items()},
-        slopes={name: shaped(name, h * units[name].to(h)) for name, h in found.items()},
+        slopes={name: shaped(name, h * slopes[name].to(h)) for name, h in found.items()},
         value=value.detach(),
         cosines={
-            name: shaped(name, _cosine(found[name], norms, contraction))
+            name: shaped(name, _cosine(found[name], norms, contraction.gradient_norms[name]))
             for name, norms in contraction.tangent_norms.items()
         },
         gradient_evaluations=len(train_losses) + replays.calls + 1,
@@ -185,14 +187,15 @@ def _units(
     modules: Mapping[str, Hyperparameter],
 ) -> dict[str, torch.Tensor]:
     """d(value)/d(coordinate) of everything, in the shape of its hypergradient."""
-    units: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for h in own:
         if isinstance(h, Schedule):
-            units[h.name] = h.hyperparameter.coordinate.slope(h.values)
+            found[h.name] = h.hyperparameter.coordinate.slope(h.values)
         else:
-            slopes = [h.coordinate.slope(h.read(group)) for group in optimizer.param_groups]
-            units[h.name] = torch.tensor(slopes, dtype=torch.float64)
-    return units | {name: module.coordinate.slope(module.value) for name, module in modules.items()}
+            groups = optimizer.param_groups
+            values = [h.read(groups[reference(h, groups, unit)]) for unit in units(h, groups)]
+            found[h.name] = torch.tensor([h.coordinate.slope(x) for x in values], dtype=torch.float64)
+    return found | {name: module.coordinate.slope(module.value) for name, module in modules.items()}
 
 
 def split_names(
@@ -211,11 +214,33 @@ def split_names(
     return tuple(curves.get(h.name, h) for h in resolved), modules
 
 
+def _take(
+    tracker: Tracker, model: ModelT, optimizer: torch.optim.Optimizer, loss: Loss[ModelT], replays: _Replays[ModelT]
+) -> None:
+    """One tracked step. A function of its own, so that nothing of its graph is alive during the next."""
+    again: Evaluation | None = replays.of(loss) if tracker.needs_loss else None
+    if again is not None and tracker.needs_graph:
+        tensors = replays.tensors
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        taken = again = TakenStep(again, [*params, *tensors])
+        with requiring_grad(tensors):
+            taken.backward(_scalar(loss(model), "train_losses"))
+            tracker.before_step(taken)
+        for t in tensors:
+            t.grad = None
+    else:
+        torch.autograd.backward(_scalar(loss(model), "train_losses"))
+        tracker.before_step(again)
+    raw_step(optimizer)
+    tracker.after_step()
+
+
 class _Replays(Generic[ModelT]):
     """Evaluates training losses as the real steps did, and counts how often."""
 
-    def __init__(self, model: ModelT) -> None:
+    def __init__(self, model: ModelT, tensors: Sequence[torch.Tensor]) -> None:
         self.calls = 0
+        self.tensors = tensors
         self._model = model
         values = {id(m.value) for m in loss_hyperparameters(model).values()}
         self._buffers = [name for name, b in model.named_buffers() if id(b) not in values]
@@ -238,10 +263,8 @@ class _Replays(Generic[ModelT]):
         return again
 
 
-def _cosine(h: torch.Tensor, tangent_norms: torch.Tensor, contraction: Contraction) -> torch.Tensor:
-    # Of a hyperparameter in the loss the norm of the whole validation gradient, which is that of every group.
-    same = tangent_norms.shape == contraction.gradient_norms.shape
-    scale = tangent_norms * (contraction.gradient_norms if same else contraction.gradient_norms.max())
+def _cosine(h: torch.Tensor, tangent_norms: torch.Tensor, gradient_norms: torch.Tensor) -> torch.Tensor:
+    scale = tangent_norms * gradient_norms
     return torch.where(scale > 0, h / scale, torch.zeros_like(h))
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,9 +48,13 @@ class OptimizerHyperparameter:
             your own.
         floor: where learning starts if the user's value is exactly 0, whose logarithm does not exist. Default:
             1e-5 for `weight_decay`, 0.01 for fractions; none for `lr`, which stays at a scheduled 0.
+        per: what has a number of its own. `"group"`: each param group. `"shared"`: one number for all param groups,
+            which move together in the coordinate (in a logarithm, by the same factor); it is counted in units of the
+            first group's value. `"tensor"`: each parameter tensor, whatever group it is in.
 
     Raises:
-        HyperparameterError: for a malformed name, an empty domain, or bounds outside that of the coordinate.
+        HyperparameterError: for a malformed name, an unknown scope, an empty domain, or bounds outside that of the
+            coordinate.
 
     >>> OptimizerHyperparameter("betas[0]").read({"betas": (0.9, 0.999)})
     0.9
@@ -61,6 +65,7 @@ class OptimizerHyperparameter:
     lower: float | None = None
     upper: float | None = None
     floor: float | None = None
+    per: Literal["group", "shared", "tensor"] = "group"
 
     def __post_init__(self) -> None:
         match = _NAME.fullmatch(self.name) if isinstance(self.name, str) else None
@@ -68,6 +73,10 @@ class OptimizerHyperparameter:
             raise HyperparameterError(
                 f"A hyperparameter is named by its key in the optimizer's param groups, such as 'lr' or 'betas[0]', "
                 f"but got {self.name!r}."
+            )
+        if self.per not in ("group", "shared", "tensor"):
+            raise HyperparameterError(
+                f"`per` must be 'group', 'shared' or 'tensor', but got {self.per!r} for {self.name!r}."
             )
         if self.transform is not None and not isinstance(self.transform, Transform):
             raise HyperparameterError(

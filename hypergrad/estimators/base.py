@@ -16,7 +16,7 @@ from hypergrad.schedule import Schedule
 
 # The values of hyperparameters in the loss, by name.
 Tensors = Mapping[str, torch.Tensor]
-# One value per param group, or one curve over the steps for all of them.
+# One value per param group, tensor or for all of them, or one curve over the steps for all of them.
 Learned = OptimizerHyperparameter | Schedule
 
 
@@ -24,16 +24,16 @@ Learned = OptimizerHyperparameter | Schedule
 class Contraction:
     """Validation gradient times d(parameters)/d(hyperparameter), per hyperparameter.
 
-    For a hyperparameter of the optimizer all tensors have shape `(groups,)`, for a `Schedule` of one `(knots,)`, for
-    one in the loss that of its value.
+    For a hyperparameter of the optimizer all tensors have shape `(groups,)`, `(1,)` where it is shared and `(tensors,)`
+    per tensor; for a `Schedule` of one `(knots,)`, for one in the loss that of its value.
     They stay on the parameters' device and are float32 or wider. A group that the steps did not move has zeros.
 
     Args:
         hypergradients: d(val_loss)/d(value), in natural units.
         tangent_norms: the Euclidean norm of d(parameters)/d(value), where the estimator knows it: going backwards
             through a run never forms that derivative.
-        gradient_norms: shape `(groups,)`: the Euclidean norm of the validation gradient on the parameters that the
-            group's hyperparameters act on.
+        gradient_norms: the Euclidean norm of the validation gradient on the parameters that the number acts on, where
+            `tangent_norms` has an entry.
         status: `"ok"`, or what was wrong and what to do about it.
         residual: of an implicit estimator: |(H + damping) x - g| / |g| of the linear system that it solved.
         products: Hessian-vector products spent on it, since tracking began.
@@ -42,7 +42,7 @@ class Contraction:
 
     hypergradients: dict[str, torch.Tensor]
     tangent_norms: dict[str, torch.Tensor]
-    gradient_norms: torch.Tensor
+    gradient_norms: dict[str, torch.Tensor]
     status: str = "ok"
     residual: float | None = None
     products: int = 0
@@ -60,6 +60,11 @@ class Tracker(ABC):
     @property
     def needs_loss(self) -> bool:
         """Whether steps must be tracked with an evaluation of their training loss."""
+        return False
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a `TakenStep` would save the coming `before_step` an evaluation."""
         return False
 
     @abstractmethod

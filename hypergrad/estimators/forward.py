@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,12 @@ from hypergrad.estimators.base import (
     wide,
 )
 from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.optimizer.closed_forms import carried
 from hypergrad.optimizer.packets import stepped_params
-from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step
+from hypergrad.optimizer.step import Direction, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import reference, units, weights
 
 # One direction per number: beyond this many, going backwards is cheaper by far.
 _MOST_DIRECTIONS = 256
@@ -95,9 +98,8 @@ class Forward(Estimator):
         return _ForwardTracker(self, optimizer, hyperparameters, tensors)
 
 
-# What a direction is along: a hyperparameter of a param group, a knot of a schedule, or an element of a tensor in the
-# loss.
-_Key = tuple[int, OptimizerHyperparameter | Schedule | str]
+# What a direction is along: a number of a hyperparameter, a knot of a schedule, or an element of a tensor in the loss.
+_Key = tuple[int, Learned | str]
 
 
 class _ForwardTracker(Tracker):
@@ -115,6 +117,7 @@ class _ForwardTracker(Tracker):
         self._unused = set(tensors)
         self._tangents: dict[_Key, StateVector] = {}
         self._paces: dict[_Key, Pace] = {}
+        self._units: dict[str, int] = {}  # how many numbers each hyperparameter has
         self._moved: list[torch.Tensor] = []  # by any tracked step
         self._steps = 0
         self._products = 0
@@ -127,30 +130,39 @@ class _ForwardTracker(Tracker):
     def needs_loss(self) -> bool:
         return bool(self._tensors) or (self._estimator.decay > 0.0 and self._estimator.curvature is not None)
 
+    @property
+    def needs_graph(self) -> bool:
+        curvature = self._estimator.curvature
+        known = any(tangents.params for tangents in self._tangents.values())
+        return self.needs_loss and curvature is not None and curvature.uses_graph and (known or bool(self._tensors))
+
+    @torch.no_grad()
     def before_step(self, loss: Evaluation | None = None) -> None:
         optimizer = self._optimizer
         stepped = [stepped_params(group) for group in optimizer.param_groups]
         moving = dict.fromkeys(p for params in stepped for p in params)
         self._fade()
         self._moved = list(dict.fromkeys([*self._moved, *moving]))
-        for key in self._keys(len(stepped)):
+        for h in self._hyperparameters:
+            self._units[h.name] = len(h.knots) if isinstance(h, Schedule) else len(units(h, optimizer.param_groups))
+        for key in self._keys():
             self._tangents.setdefault(key, StateVector())
         own = {key: self._own_direction(key) for key in self._tangents}
-        grads = self._gradient_tangents(loss, list(moving))
-        for key, before in self._tangents.items():
-            after = differentiate_step(optimizer, Direction(own[key], before.params, grads.get(key, {}), before.state))
-            # A parameter without a gradient stays where it is, and so does its tangent.
-            self._tangents[key] = StateVector(
-                {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
-                {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
-            )
+        with self._gradient_tangents(loss, list(moving)) as gradient_tangent:
+            for key, before in self._tangents.items():
+                direction = Direction(own[key], before.params, gradient_tangent(key), before.state)
+                after = carried(optimizer, direction)
+                # A parameter without a gradient stays where it is, and so does its tangent.
+                self._tangents[key] = StateVector(
+                    {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
+                    {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
+                )
         self._steps += 1
 
     @torch.no_grad()
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._tangents:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
-        groups = len(self._optimizer.param_groups)
         dtype = wide(list(gradients.values()))
         device = next(iter(gradients)).device if gradients else torch.device("cpu")
         zero = torch.zeros((), device=device, dtype=dtype)
@@ -163,17 +175,18 @@ class _ForwardTracker(Tracker):
         hypergradients: dict[str, torch.Tensor] = {}
         tangent_norms: dict[str, torch.Tensor] = {}
         for h in self._hyperparameters:
-            rows = [pairs[i, h] for i in range(len(h.knots) if isinstance(h, Schedule) else groups)]
+            rows = [pairs[i, h] for i in range(self._units[h.name])]
             hypergradients[h.name], tangent_norms[h.name] = (torch.stack(column) for column in zip(*rows, strict=True))
         for name, tensor in self._tensors.items():
             rows = [pairs[i, name] for i in range(tensor.numel())]
             through, norms = (torch.stack(column).view(tensor.shape) for column in zip(*rows, strict=True))
             hypergradients[name] = through + gradients[tensor].to(through)
             tangent_norms[name] = norms
-        # A group's hyperparameter acts, through the loss, on the parameters of all.
+        # Every hyperparameter acts, through the loss, on all parameters.
         whole = norm([gradients[p] for p in self._moved], dtype)
+        gradient_norms = {name: whole.expand(norms.shape) for name, norms in tangent_norms.items()}
         return Contraction(
-            hypergradients, tangent_norms, whole.expand(groups), products=self._products, unused=tuple(self._unused)
+            hypergradients, tangent_norms, gradient_norms, products=self._products, unused=tuple(self._unused)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,15 +212,21 @@ class _ForwardTracker(Tracker):
         self._steps = state["steps"]
         self._moved = [params[i] for i in state["moved"]]
         self._unused = set(state["unused"]) & set(self._tensors)
-        for key in self._keys(len(self._optimizer.param_groups)):
-            if _label(key) in state["tangents"]:
-                saved = state["tangents"][_label(key)]
+        known: dict[str, Learned | str] = {h.name: h for h in self._hyperparameters}
+        known |= {name: name for name in self._tensors}
+        for label in {*state["tangents"], *state["paces"]}:
+            name, _, index = label.rpartition("/")
+            if name not in known:
+                continue
+            key = int(index), known[name]
+            if label in state["tangents"]:
+                saved = state["tangents"][label]
                 self._tangents[key] = StateVector(
                     {params[i]: t.to(params[i].device) for i, t in saved["params"].items()},
                     {params[i]: {k: _placed(params[i], t) for k, t in e.items()} for i, e in saved["state"].items()},
                 )
-            if _label(key) in state["paces"]:
-                self._paces.setdefault(key, Pace()).load_state_dict(state["paces"][_label(key)])
+            if label in state["paces"]:
+                self._paces.setdefault(key, Pace()).load_state_dict(state["paces"][label])
 
     def _all_params(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -219,18 +238,18 @@ class _ForwardTracker(Tracker):
         if isinstance(what, Schedule):
             rate = what.rates(self._steps).get(index, 0.0)
             return {(i, what.hyperparameter): rate for i in range(len(self._optimizer.param_groups)) if rate}
-        rate, anew = self._paces.setdefault(key, Pace()).step(what, what.read(self._optimizer.param_groups[index]))
+        groups = self._optimizer.param_groups
+        unit = units(what, groups)[index]
+        value = what.read(groups[reference(what, groups, unit)])
+        rate, anew = self._paces.setdefault(key, Pace()).step(what, value)
         if anew:
             self._tangents[key] = StateVector()
-        return {(index, what): rate} if rate else {}
+        matrix = weights(what, groups)
+        shares = {i: 1.0 if matrix is None else float(matrix[index, i]) for i in unit}
+        return {(i, what): rate * share for i, share in shares.items() if rate * share}
 
-    def _keys(self, groups: int) -> list[_Key]:
-        ours: list[_Key] = []
-        for h in self._hyperparameters:
-            if isinstance(h, Schedule):
-                ours += [(i, h) for i in range(len(h.knots))]
-            else:
-                ours += [(i, h) for i in range(groups)]
+    def _keys(self) -> list[_Key]:
+        ours: list[_Key] = [(i, h) for h in self._hyperparameters for i in range(self._units[h.name])]
         return ours + [(i, name) for name, tensor in self._tensors.items() for i in range(tensor.numel())]
 
     def _fade(self) -> None:
@@ -246,36 +265,46 @@ class _ForwardTracker(Tracker):
                 for key, tangents in self._tangents.items()
             }
 
+    @contextmanager
     def _gradient_tangents(
         self, loss: Evaluation | None, moving: list[torch.Tensor]
-    ) -> dict[_Key, dict[torch.Tensor, torch.Tensor]]:
-        """The tangent of every gradient, by direction: H Z, and what a hyperparameter in the loss does by itself."""
+    ) -> Iterator[Callable[[_Key], dict[torch.Tensor, torch.Tensor]]]:
+        """The tangent of every gradient in a direction: H Z, and what a hyperparameter in the loss does by itself.
+
+        For one direction after the other, so that no more than one such tangent exists at a time.
+        """
         curvature = self._estimator.curvature
         keys = [key for key, tangents in self._tangents.items() if tangents.params or isinstance(key[1], str)]
         if curvature is None or not keys:
-            return {}
+            yield lambda _: {}
+            return
         if loss is None:
             raise HypergradError("Forward needs the training loss of each step: call before_step(loss).")
         # Also parameters that this step does not move count: the gradients of others depend on them.
         involved = list(dict.fromkeys([*moving, *(p for key in keys for p in self._tangents[key].params)]))
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in involved]
-        result: dict[_Key, dict[torch.Tensor, torch.Tensor]] = {}
+        asked = set(keys)
         with curvature.at(
             loss, [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
         ) as product:
-            for key in keys:
+
+            def along(key: _Key) -> dict[torch.Tensor, torch.Tensor]:
+                if key not in asked:
+                    return {}
                 tangents = self._tangents[key].params
                 ones = [_one_hot(t, key[0]) if name == key[1] else None for name, t in self._tensors.items()]
                 rows = product([*(tangents.get(p) for p in involved), *ones])
                 self._products += 1
                 pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
-                result[key] = {p: t for p, t in pairs if t is not None}
+                return {p: t for p, t in pairs if t is not None}
+
             for name in list(self._unused):
                 alone = [torch.ones_like(t) if n == name else None for n, t in self._tensors.items()]
                 rows = product([*[None] * len(involved), *alone])
                 if any(row is not None for row in rows[: len(involved)]):
                     self._unused.discard(name)
-        return result
+            with torch.no_grad():
+                yield along
 
 
 def _placed(param: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:

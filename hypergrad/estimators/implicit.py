@@ -12,7 +12,7 @@ import torch
 
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
-from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, norm, wide
+from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, wide
 from hypergrad.optimizer.packets import stepped_params
 from hypergrad.solvers import CG, Solver
 
@@ -142,12 +142,9 @@ class _ImplicitTracker(Tracker):
                 unused.append(name)
             mixed = sum((f.to(dtype) for f in found if f is not None), torch.zeros_like(tensor, dtype=dtype))
             hypergradients[name] = gradients[tensor].to(dtype) - mixed / len(products)
-        whole = norm([gradients[p] for p in params], dtype)
-        groups = len(self._optimizer.param_groups)
         # The last one is for the derivative by the hyperparameters.
         spent = (solution.products + 1) * len(products)
-        norms = whole.expand(groups)
-        return Contraction(hypergradients, {}, norms, solution.status, solution.residual, spent, tuple(unused))
+        return Contraction(hypergradients, {}, {}, solution.status, solution.residual, spent, tuple(unused))
 
 
 def _flat(rows: Sequence[torch.Tensor | None], params: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

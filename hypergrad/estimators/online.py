@@ -16,6 +16,7 @@ from hypergrad.optimizer.packets import stepped_params
 from hypergrad.optimizer.rules import decay_is_decoupled, is_known, lr_from_difference
 from hypergrad.optimizer.step import Direction, check_optimizer, differentiate_step, step_per_lr
 from hypergrad.optimizer.verify import verify
+from hypergrad.scopes import weights
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class _OnlineTracker(Tracker):
         self._hyperparameters = hyperparameters
         self._closed_forms = closed_forms
         self._groups: list[_GroupStep] = []
+        self._scopes: dict[str, torch.Tensor | None] = {}
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -109,6 +111,7 @@ class _OnlineTracker(Tracker):
     def before_step(self, loss: Evaluation | None = None) -> None:  # noqa: ARG002
         groups = self._optimizer.param_groups
         self._groups = [self._closed_forms_of(group) for group in groups]
+        self._scopes = {h.name: weights(h, groups) for h in self._hyperparameters}
         for hyperparameter in self._hyperparameters:
             name = hyperparameter.name
             rest = [
@@ -133,6 +136,7 @@ class _OnlineTracker(Tracker):
         device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
         zero = torch.zeros((), device=device)
         names = [h.name for h in self._hyperparameters]
+        scopes, self._scopes = self._scopes, {}
         columns: list[torch.Tensor] = []  # one per group: the norm of its gradient, then a pair per hyperparameter
         for step in groups:
             gradient = _flat([gradients[p] for p in step.params]) if step.params else zero
@@ -145,11 +149,19 @@ class _OnlineTracker(Tracker):
                     columns.append(torch.dot(gradient, tangent.vector) * tangent.scale)
                     columns.append(torch.linalg.vector_norm(tangent.vector) * abs(tangent.scale))
         table = _stacked(columns).view(len(groups), -1).T
-        return Contraction(
-            hypergradients=dict(zip(names, table[1::2], strict=True)),
-            tangent_norms=dict(zip(names, table[2::2], strict=True)),
-            gradient_norms=table[0],
-        )
+        result = Contraction({}, {}, {})
+        for name, values, norms in zip(names, table[1::2], table[2::2], strict=True):
+            weight = scopes[name]
+            if weight is None:
+                result.hypergradients[name], result.tangent_norms[name] = values, norms
+                result.gradient_norms[name] = table[0]
+                continue
+            # Each parameter is in one group, so that squares of norms add up.
+            w = weight.to(table)
+            result.hypergradients[name] = w @ values
+            result.tangent_norms[name] = (w.square() @ norms.square()).sqrt()
+            result.gradient_norms[name] = ((w != 0).to(table) @ table[0].square()).sqrt()
+        return result
 
     def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:
         params, lr = stepped_params(group), group.get("lr")

@@ -18,7 +18,6 @@ from hypergrad.estimators.base import (
     Pace,
     Tensors,
     Tracker,
-    norm,
     plain,
     wide,
 )
@@ -26,6 +25,7 @@ from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.step import RecordedStep, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
+from hypergrad.scopes import weights
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class UnrolledTracker(Tracker):
         self._tensors = tensors
         self._steps: deque[_Step] = deque(maxlen=estimator.steps)
         self._count = 0
+        self._scopes: dict[str, torch.Tensor | None] = {}  # of the last step
+        self._groups = 0
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -115,13 +117,15 @@ class UnrolledTracker(Tracker):
         own = [plain(h) for h in self._hyperparameters]
         values = {(i, h): h.read(group) for h in own for i, group in enumerate(groups)}
         then = {name: t.detach().clone() for name, t in self._tensors.items()}
+        self._scopes = {h.name: weights(h, groups) for h in self._hyperparameters if not isinstance(h, Schedule)}
+        self._groups = len(groups)
         self._steps.append(_Step(RecordedStep(self._optimizer), loss, values, self._count, then))
         self._count += 1
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._steps:
             raise HypergradError("There is no tracked step to contract with: call before_step() before the update.")
-        params, groups = self._moved(), len(self._optimizer.param_groups)
+        params, groups = self._moved(), self._groups
         dtype = wide(list(gradients.values()))
         device = params[0].device if params else torch.device("cpu")
         coordinates = [(i, plain(h)) for h in self._hyperparameters for i in range(groups)]
@@ -166,8 +170,9 @@ class UnrolledTracker(Tracker):
                         direct[name] = direct[name] + row.to(dtype)
             adjoint = StateVector(before, state)
         unused = tuple(name for name in self._tensors if name not in used)
-        whole = norm([gradients[p] for p in params], dtype).to(device)
-        return Contraction({**totals, **direct}, {}, whole.expand(groups), products=products, unused=unused)
+        # Rates are relative to the last step, where one number moves its groups by these weights.
+        totals |= {name: w.to(device, dtype) @ totals[name] for name, w in self._scopes.items() if w is not None}
+        return Contraction({**totals, **direct}, {}, {}, products=products, unused=unused)
 
     def _through_gradient(
         self,

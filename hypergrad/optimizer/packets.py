@@ -83,7 +83,7 @@ class Packet:
             group=group,
             params=params,
             param=_joined([p.detach() for p in params]),
-            grad=_joined([_grad(p) for p in params]),
+            grad=_joined([gradient_of(p) for p in params]),
             state=state,
             counters=frozenset(counters),
         )
@@ -178,7 +178,7 @@ def exact_counters(packets: Sequence[Packet]) -> Iterator[None]:
 def _partition(
     optimizer: torch.optim.Optimizer, params: list[torch.Tensor], pack: bool
 ) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
-    counters = _counters(optimizer, params)
+    counters = counters_of(optimizer, params)
     if not pack:
         return [([p], counters[p]) for p in params]
     packets: dict[Any, list[torch.Tensor]] = {}
@@ -193,7 +193,7 @@ def _partition(
     return [(packet, counters[packet[0]]) for packet in packets.values()]
 
 
-def _counters(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
+def counters_of(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[torch.Tensor, dict[str, float]]:
     """Every number in a parameter's state that torch keeps in a tensor, such as its step count.
 
     Those on an accelerator (fused and capturable rules) are read back together: one synchronisation.
@@ -220,7 +220,8 @@ def _is_counter(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
     return value.dim() == 0 and value.is_floating_point() and (param.dim() > 0 or key in _COUNTERS)
 
 
-def _grad(param: torch.Tensor) -> torch.Tensor:
+def gradient_of(param: torch.Tensor) -> torch.Tensor:
+    """The gradient that a step would take."""
     if param.grad is None:
         raise UnsupportedOptimizerError("A parameter lost its gradient while its step was differentiated.")
     return param.grad.detach()

@@ -1,0 +1,19 @@
+"""Large tensors a piece at a time, so that what is computed on the way stays in the cache and needs no memory."""
+
+from __future__ import annotations
+
+import torch
+
+# Temporaries of 64 KB come from memory that the process has; larger ones are asked of the system again and again.
+_ON_CPU, _ON_DEVICE = 2**14, 2**22
+
+
+def pieces_of(tensor: torch.Tensor) -> int:
+    """Into how many pieces a tensor of this size and device is best taken."""
+    return -(-tensor.numel() // (_ON_CPU if tensor.device.type == "cpu" else _ON_DEVICE)) or 1
+
+
+def pieces(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The elements in order, in `count` flat pieces: views, where the tensor is contiguous."""
+    flat = tensor.reshape(-1)
+    return [flat] if count == 1 else list(flat.tensor_split(count))
