@@ -25,20 +25,25 @@ class Keeper:
         self.best = Best()
         self.scores: list[tuple[int, float, float]] = []  # step, raw, averaged
         self._readout, self._steps, self._module, self._score = readout, steps, module, score
+        # Where the averaged tensors are: to walk through the module at every step would cost more than to average.
+        self._places: dict[str, tuple[torch.nn.Module, str]] = {}
         self._average: dict[str, torch.Tensor] = {}
         self._averaged = 0
         self._kept: dict[str, torch.Tensor] = {}
 
     def after_step(self, step: int) -> float | None:
         """Take the state after so many steps into the average; at a checkpoint judge it and return its own score."""
-        now = self._floats()
+        if self._averaged == 0 or self._readout.is_due(step, self._steps):
+            self._places = _places(self._module)
+        now = [getattr(owner, leaf) for owner, leaf in self._places.values()]
         self._averaged += 1
-        if self._averaged == 1 or self._average.keys() != now.keys():
-            self._average, self._averaged = _copies(now), 1
+        if self._averaged == 1 or self._average.keys() != self._places.keys():
+            copies = (t.detach().clone() for t in now)
+            self._average, self._averaged = dict(zip(self._places, copies, strict=True)), 1
         else:
             weight = self._readout.weight(self._averaged, self._steps)
             update: Any = get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
-            update(list(self._average.values()), [t.detach() for t in now.values()], None)
+            update(list(self._average.values()), now, None)
         if not self._readout.is_due(step, self._steps):
             return None
         self._judge(step)
@@ -72,19 +77,17 @@ class Keeper:
         self.best = Best(*state["best"])
         self.scores = [(int(step), raw, averaged) for step, raw, averaged in state["scores"]]
         self._averaged = state["averaged"]
+        self._places = _places(self._module)
         self._average, self._kept = (
             {name: t.to(devices[name]) for name, t in state[part].items() if name in devices}
             for part in ("average", "kept")
         )
 
-    def _floats(self) -> dict[str, torch.Tensor]:
-        return {name: t for name, t in live_tensors(self._module).items() if t.is_floating_point()}
-
     def _judge(self, step: int) -> None:
         raw = self._score()
         if self.best.beaten_by(raw, "raw", step):
             self._kept = _copies(live_tensors(self._module))
-        here = _copies(self._floats())
+        here = _copies(live_tensors(self._module))
         write_tensors(self._module, self._average)
         try:
             averaged = self._score()
@@ -93,6 +96,16 @@ class Keeper:
         finally:
             write_tensors(self._module, here)
         self.scores.append((step, raw, averaged))
+
+
+def _places(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Owner and attribute of every tensor of floating point, by name."""
+    places = {}
+    for name, t in live_tensors(module).items():
+        owner, _, leaf = name.rpartition(".")
+        if t.is_floating_point():
+            places[name] = module.get_submodule(owner), leaf
+    return places
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
