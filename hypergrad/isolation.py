@@ -38,8 +38,8 @@ def preserved(*roots: object, parameters: bool = False, opaque: tuple[type, ...]
 
     Args:
         roots: modules, optimizers or any Python objects with a `__dict__`.
-        parameters: also record the values and `.grad` of parameters and put them back, in place. Without it
-            parameters are taken to be left alone.
+        parameters: also record the values of parameters and put them back, in place; they have no `.grad` inside the
+            block, and their own again after it. Without it parameters are taken to be left alone.
         opaque: further types that are neither entered nor copied.
     """
     recorder = _Recorder(parameters=parameters, opaque=(*_OPAQUE, *opaque))
@@ -88,14 +88,13 @@ class _Recorder:
     def _record_tensor(self, tensor: torch.Tensor) -> None:
         if not (self._parameters and tensor.is_leaf):
             return
+        # The gradient is taken away and not copied: nothing can write into it, and a copy of the model is saved.
         saved, grad = tensor.detach().clone(), tensor.grad
-        saved_grad = None if grad is None else grad.detach().clone()
+        tensor.grad = None
 
         def undo() -> None:
             with torch.no_grad():
                 tensor.copy_(saved)
-                if grad is not None and saved_grad is not None:
-                    grad.copy_(saved_grad)
             tensor.grad = grad
 
         self._undo.append(undo)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Temporaries of 64 KB come from memory that the process has; larger ones are asked of the system again and again.
-_ON_CPU, _ON_DEVICE = 2**14, 2**22
+# Large temporaries are asked of the system again and again, and leave the cache. The size is measured, see RESULTS.md.
+_ON_CPU, _ON_DEVICE = 2**16, 2**22
 
 
 def pieces_of(tensor: torch.Tensor) -> int:

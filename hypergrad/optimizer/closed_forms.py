@@ -199,8 +199,6 @@ def _carry(
     step: float,
 ) -> dict[str, torch.Tensor]:
     """The tangents after a step, by key; those before it are overwritten."""
-    assert param.grad is not None
-    entries = {key: state.get(key) for key in rule.state}
     count = pieces_of(param)
     result: dict[str, torch.Tensor] = {}
     targets: dict[str, list[torch.Tensor]] = {}
