@@ -57,24 +57,24 @@ class TrialPruning(pl.Callback):
         self._required = required
         self._reported = -1
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, *_: Any) -> None:
         """Find the trial."""
         self._trial = self._trial or current_trial()
         self._reported = -1
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Report the epoch's value."""
         every, done = self._every_n_epochs, trainer.current_epoch + 1
         if trainer.state.fn == "fit" and not trainer.sanity_checking and every is not None and done % every == 0:
             self._report(trainer, done)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Report the step's value."""
         every, done = self._every_n_steps, trainer.global_step
         if every is not None and done % every == 0 and done != self._reported:
             self._report(trainer, done)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """A metric that never came is a mistake, whatever the rhythm."""
         if self._trial is not None and self._required and self._reported < 0 and trainer.global_step > 0:
             key = self._monitor or self._trial.monitor

@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from hypergrad.search.parameter import Constant, Float, Int, Parameter
+from hypergrad.search.parameter import Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.spec import StudySpec
 
@@ -154,7 +154,9 @@ def session_start(spec: StudySpec, params: Mapping[str, Any], group: str) -> Eve
     info = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=time.time())
     for name, parameter in spec.space.items():
         value = _shown(parameter, params.get(name))
-        kind = "bool_value" if isinstance(value, bool) else "number_value" if isinstance(value, float) else "string_value"
+        kind = (
+            "bool_value" if isinstance(value, bool) else "number_value" if isinstance(value, float) else "string_value"
+        )
         setattr(info.hparams[name], kind, value)
     return _plugin_event(metadata.SESSION_START_INFO_TAG, session_start_info=info)
 

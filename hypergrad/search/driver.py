@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+from hypergrad.search.board import Board
 from hypergrad.search.errors import ObjectiveError, StorageError
 from hypergrad.search.execution.base import Ended, Executor, Reported
 from hypergrad.search.messages import Job, Result, Verdict
@@ -21,7 +22,6 @@ from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Sampler
 from hypergrad.search.seeding import derived_seed
 from hypergrad.search.storage import Storage, trial_folder
-from hypergrad.search.board import Board
 from hypergrad.search.worker import saved_result
 
 log = logging.getLogger("hypergrad.search")

@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -33,6 +33,11 @@ class Parameter(abc.ABC):
         allowed = {key: _as_values(key, value) for key, value in self.when.items()}
         object.__setattr__(self, "when", allowed)
 
+    @property
+    def conditions(self) -> Mapping[str, tuple[Scalar, ...]]:
+        """`when`, with a tuple of values under every name."""
+        return cast(Mapping[str, tuple[Scalar, ...]], self.when)
+
     @abc.abstractmethod
     def contains(self, value: object) -> bool:
         """Whether `value` is in the domain."""
@@ -50,7 +55,7 @@ class Parameter(abc.ABC):
         """Kind, domain and conditions in plain containers."""
 
     def _condition(self) -> str:
-        each = (f"{k} is {' or '.join(map(repr, values))}" for k, values in self.when.items())  # type: ignore[arg-type]
+        each = (f"{k} is {' or '.join(map(repr, values))}" for k, values in self.conditions.items())
         return f", when {' and '.join(each)}" if self.when else ""
 
 
@@ -111,7 +116,7 @@ class Float(_Numeric):
     def to_json(self) -> dict[str, Any]:
         """Kind, domain and conditions in plain containers."""
         domain = {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
-        return {"kind": "float", **domain, "when": _plain(self.when)}
+        return {"kind": "float", **domain, "when": _plain(self)}
 
     __str__ = _Numeric.__str__
 
@@ -161,7 +166,7 @@ class Int(_Numeric):
     def to_json(self) -> dict[str, Any]:
         """Kind, domain and conditions in plain containers."""
         domain = {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
-        return {"kind": "int", **domain, "when": _plain(self.when)}
+        return {"kind": "int", **domain, "when": _plain(self)}
 
     __str__ = _Numeric.__str__
 
@@ -209,7 +214,7 @@ class Categorical(Parameter):
 
     def to_json(self) -> dict[str, Any]:
         """Kind, domain and conditions in plain containers."""
-        return {"kind": "categorical", "choices": list(self.choices), "when": _plain(self.when)}
+        return {"kind": "categorical", "choices": list(self.choices), "when": _plain(self)}
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(repr, self.choices))}{self._condition()}"
@@ -240,7 +245,7 @@ class Constant(Parameter):
 
     def to_json(self) -> dict[str, Any]:
         """Kind, value and conditions in plain containers."""
-        return {"kind": "constant", "value": self.value, "when": _plain(self.when)}
+        return {"kind": "constant", "value": self.value, "when": _plain(self)}
 
     def __str__(self) -> str:
         return f"always {self.value!r}{self._condition()}"
@@ -254,8 +259,8 @@ def from_json(data: Mapping[str, Any]) -> Parameter:
     return _KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
 
 
-def _plain(when: When) -> dict[str, list[Scalar]]:
-    return {key: list(values) for key, values in when.items()}  # type: ignore[arg-type]
+def _plain(parameter: Parameter) -> dict[str, list[Scalar]]:
+    return {key: list(values) for key, values in parameter.conditions.items()}
 
 
 def _as_values(key: object, value: Any) -> tuple[Scalar, ...]:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
+import cloudpickle
 
 from hypergrad.search.errors import ObjectiveError
 
@@ -25,14 +25,14 @@ def pickled(train: Callable[..., Any]) -> bytes:
         raise ObjectiveError(f"`train` must take one argument, the Trial: {error}.") from None
     except ValueError:
         pass  # a builtin without a signature
-    error = _error(train)
-    if error is None:
+    problem = _error(train)
+    if problem is None:
         payload: bytes = cloudpickle.dumps(train)
         return payload
     path, culprit = _culprit("train", train, depth=6)
     raise ObjectiveError(
         f"`train` cannot be sent to a worker, because {path} is a {type(culprit).__name__}, which cannot be pickled "
-        f"({error}). Make it inside `train`, or keep it out of what `train` refers to."
+        f"({problem}). Make it inside `train`, or keep it out of what `train` refers to."
     )
 
 

@@ -84,7 +84,11 @@ class Pruning:
             stop = self._view.decide(number, step, value)
         else:
             stop = self._pruner.prune(self._storage.study, self._storage.frozen(number))
-        return f"{self._name} stopped it at step {step}, where {self._storage.spec.prune_on} was {value:g}" if stop else None
+        return (
+            f"{self._name} stopped it at step {step}, where {self._storage.spec.prune_on} was {value:g}"
+            if stop
+            else None
+        )
 
     def finished(self, record: TrialRecord) -> None:
         """The trial has ended."""

@@ -27,8 +27,8 @@ class Space(Mapping[str, Parameter]):
             constraints that do not parse or name what is not in the space.
 
     >>> from hypergrad.search import Categorical, Float, Int
-    >>> space = Space({"optimizer": Categorical(["sgd", "adam"]), "momentum": Float(0, 0.99, when={"optimizer": "sgd"})})
-    >>> print(space)
+    >>> momentum = Float(0, 0.99, when={"optimizer": "sgd"})
+    >>> print(Space({"optimizer": Categorical(["sgd", "adam"]), "momentum": momentum}))
     optimizer  one of 'sgd', 'adam'
     momentum   real in [0, 0.99], when optimizer is 'sgd'
     """
@@ -56,7 +56,7 @@ class Space(Mapping[str, Parameter]):
 
     def is_active(self, name: str, params: Mapping[str, Any]) -> bool:
         """Whether the conditions of `name` hold, given the values of the parameters before it."""
-        return all(key in params and params[key] in allowed for key, allowed in self[name].when.items())
+        return all(key in params and params[key] in allowed for key, allowed in self[name].conditions.items())
 
     def is_feasible(self, params: Mapping[str, Any]) -> bool:
         """Whether every constraint that applies to `params` holds."""
@@ -131,7 +131,7 @@ class Space(Mapping[str, Parameter]):
         """What `other` has differently, in words; empty where the spaces are equal."""
         found = [f"{name} is new: {other[name]}" for name in other if name not in self]
         found += [f"{name} is gone: {self[name]}" for name in self if name not in other]
-        found += [f"{n}: {self[n]} became {other[n]}" for n in self if n in other and self[n] != other[n]]
+        found += [f"{n}: {self[n]} became {other[n]}" for n in self if n in other and _text(self[n]) != _text(other[n])]
         mine, theirs = (sorted(c.text for c in space.constraints) for space in (self, other))
         return found + ([f"constraints: {mine} became {theirs}"] if mine != theirs else [])
 
@@ -151,6 +151,10 @@ class Space(Mapping[str, Parameter]):
         return f"Space({self._parameters!r}{constraints})"
 
 
+def _text(parameter: Parameter) -> str:
+    return json.dumps(parameter.to_json(), sort_keys=True)  # in which 1 and 1.0 differ
+
+
 def _checked(name: Any, parameter: Any) -> Parameter:
     if not isinstance(name, str) or not name.isidentifier():
         raise SpaceError(f"The name of a parameter must be a Python identifier, but got {name!r}.")
@@ -166,9 +170,11 @@ def _checked(name: Any, parameter: Any) -> Parameter:
 
 def _ordered(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
     for name, parameter in parameters.items():
-        for key, allowed in parameter.when.items():
+        for key, allowed in parameter.conditions.items():
             if key not in parameters:
-                raise SpaceError(f"{name} has the condition when={key!r}, which is not in the space {list(parameters)}.")
+                raise SpaceError(
+                    f"{name} has the condition when={key!r}, which is not in the space {list(parameters)}."
+                )
             impossible = [value for value in allowed if not parameters[key].contains(value)]
             if impossible:
                 raise SpaceError(f"{name} waits for {key} to be {impossible}, which it never is: {parameters[key]}.")

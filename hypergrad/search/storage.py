@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy.event
 import sqlalchemy.exc
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
@@ -49,11 +50,14 @@ class Storage:
             if spec is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             backend = RDBStorage(f"sqlite:///{folder / FILE}", engine_kwargs={"connect_args": {"timeout": 60}})
+            sqlalchemy.event.listen(backend.engine, "connect", _fast_commits)
+            backend.engine.dispose()  # connections made from now on commit fast
             self._storage: BaseStorage = get_storage(backend)
             self._backend = backend
             directions = [optuna.study.StudyDirection[d.upper()] for d in spec.directions] if spec else []
             if spec is not None and not self._storage.get_all_studies():
-                self._storage.create_new_study(directions, NAME)
+                with _quiet():
+                    self._storage.create_new_study(directions, NAME)
             self.study = optuna.load_study(study_name=NAME, storage=self._storage)
             self._id = self._storage.get_study_id_from_name(NAME)
             stored = self._storage.get_study_user_attrs(self._id)
@@ -146,9 +150,7 @@ class Storage:
             self._storage.set_trial_user_attr(trial, "attempts", attempts)
         return len(attempts)
 
-    def end_attempt(
-        self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False
-    ) -> None:
+    def end_attempt(self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False) -> None:
         """The attempt is over, and `reason` is why the trial is not; `excused` where that was not its fault."""
         attempts = self.frozen(number).user_attrs.get("attempts", [])
         if not attempts or "ended" in attempts[-1]:
@@ -237,3 +239,22 @@ class Storage:
             raise StorageError(f"{file} was written by another version of Optuna: {error}") from error
         except KeyError as error:
             raise StorageError(f"{file} holds no study of hypergrad ({error}).") from error
+
+
+def _fast_commits(connection: Any, _: Any) -> None:
+    """Commits without waiting for the disk: 0.01 ms where it would be 20.
+
+    Safe against every death of a process; a power failure may undo the last commits, and leaves a consistent study.
+    """
+    for setting in ("journal_mode=WAL", "synchronous=NORMAL"):
+        connection.execute(f"PRAGMA {setting}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)

@@ -29,7 +29,7 @@ from hypergrad.search.storage import Storage
 from hypergrad.search.trial import Trial
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
 
 log = logging.getLogger("hypergrad.search")
 Options = tuple[str, Mapping[str, Any]]
@@ -46,13 +46,13 @@ class Study:
         folder: where everything is kept: the storage `study.db`, and a folder per trial.
         space: `Float`, `Int`, `Categorical` and constants by name, or a `Space` with constraints.
         sampler: `"random"` (the default), `"grid"`, `"qmc"`, `"tpe"`, `"gp"`, `"cmaes"`, `"genetic"`, `"refine"` or
-            `"pbt"`; such a name with options, as in `("tpe", {"n_startup_trials": 20})`; or a sampler object, of Optuna or
-            of `hypergrad.search`. With random, grid, qmc and pbt the points do not depend on how many workers there are.
+            `"pbt"`; such a name with options, as in `("tpe", {"n_startup_trials": 20})`; or a sampler object, of Optuna
+            or of `hypergrad.search`. With random, grid, qmc and pbt the points do not depend on the number of workers.
         pruner: `"none"` (the default), `"median"`, `"asha"`, `"hyperband"`, `"patience"`, `"threshold"` or
             `"wilcoxon"`; with options as above, or a pruner object of Optuna.
-        direction: `"minimize"` (the default) or `"maximize"`; one for each monitored metric where there are several.
-        monitor: the metric that is the objective, by default `"val_loss"`: what `train` returns, or returns in a mapping
-            under that name. A list makes several objectives.
+        direction: `"minimize"` (the default) or `"maximize"`; one for each monitored metric if there are several.
+        monitor: the metric that is the objective, by default `"val_loss"`: what `train` returns, or returns in a
+            mapping under that name. A list makes several objectives.
         prune_on: the metric that trials report while they train; one of the monitored ones, by default the first.
         seed: everything random is derived from it and the trials' numbers; a non-negative integer.
 
@@ -77,7 +77,9 @@ class Study:
         stored = Storage(self.folder) if Storage.exists(self.folder) and _has_study(self.folder) else None
         before = stored.spec if stored is not None else None
         if before is None and space is None:
-            raise ConfigurationError(f"There is no study in {self.folder} yet: give it a space, Study(folder, space=...).")
+            raise ConfigurationError(
+                f"There is no study in {self.folder} yet: give it a space, Study(folder, space=...)."
+            )
         given_sampler = sampler_of(sampler if sampler is not None else before.sampler if before else "random")
         given_pruner = pruner_of(pruner if pruner is not None else before.pruner if before else "none")
         self._sampler, self._pruner = given_sampler, given_pruner
@@ -95,8 +97,8 @@ class Study:
         given_sampler.item.check(spec)
         if before is not None and before.differences(spec):
             raise StorageError(
-                f"{self.folder} holds a study that was made differently: {'; '.join(before.differences(spec))}. Open it by "
-                "Study(folder) as it is, or take another folder."
+                f"{self.folder} holds a study that was made differently: {'; '.join(before.differences(spec))}. "
+                "Open it by Study(folder) as it is, or take another folder."
             )
         self._storage = stored if stored is not None else Storage(self.folder, spec)
 
@@ -135,8 +137,8 @@ class Study:
         Ctrl-C kills them at once and raises `KeyboardInterrupt`. Both can be resumed.
 
         Args:
-            train: called with a `Trial` in a process of its own. Returns the objective, a tuple of them, or a mapping of
-                metrics that has it under the study's `monitor`. It is pickled by value with what it refers to, so
+            train: called with a `Trial` in a process of its own. Returns the objective, a tuple of them, or a mapping
+                of metrics that has it under the study's `monitor`. It is pickled by value with what it refers to, so
                 that it may be defined anywhere, also in a notebook.
             trials: how many trials the study is to have in the end. None: as many as an earlier run said, all points
                 of a grid, or as many as `timeout` allows.
@@ -184,7 +186,9 @@ class Study:
             LookupError: as long as no trial is complete.
         """
         if len(self.spec.directions) > 1:
-            raise ConfigurationError(f"With the objectives {list(self.spec.monitors)} there is no one best: see `front`.")
+            raise ConfigurationError(
+                f"With the objectives {list(self.spec.monitors)} there is no one best: see `front`."
+            )
         return self._front_or_raise()[0]
 
     @property
@@ -282,7 +286,9 @@ def _checked_limits(
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {count!r}.")
     for name, seconds in (("timeout", timeout), ("trial_timeout", trial_timeout)):
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0):
+        if seconds is not None and (
+            isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0
+        ):
             raise ConfigurationError(f"`{name}` must be a positive number of seconds, but got {seconds!r}.")
     trials = trials if trials is not None else storage.target
     if trials is None and timeout is None and not sampler.ends:

@@ -25,12 +25,12 @@ class TrialLogger(TensorBoardLogger):
         super().__init__(save_dir=folder, name="", version="", default_hp_metric=False)
         self._trial = trial
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
-    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Keep them for `hparams.yaml`. The study writes TensorBoard's record, and only the first one counts there."""
         self.hparams.update(params if isinstance(params, Mapping) else vars(params))
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log, and remember the last values."""
         super().log_metrics(metrics, step)
@@ -70,7 +70,9 @@ class TrialWiring(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """What is not logged to a logger is kept all the same."""
         if not trainer.sanity_checking and trainer.is_global_zero:
-            self._trial.keep({k: v for k, v in trainer.callback_metrics.items() if k not in self._trial.logged}, logged=False)
+            self._trial.keep(
+                {k: v for k, v in trainer.callback_metrics.items() if k not in self._trial.logged}, logged=False
+            )
 
 
 def build_trainer(trial: Trial, kwargs: dict[str, Any]) -> pl.Trainer:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cloudpickle  # type: ignore[import-untyped]
+import cloudpickle
 import torch
 
 from hypergrad.search.errors import TrialPruned

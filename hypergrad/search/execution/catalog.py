@@ -15,7 +15,9 @@ def executor_of(execution: object, workers: int) -> Executor:
     """
     if isinstance(execution, Executor):
         if workers not in (1, execution.capacity):
-            raise ConfigurationError(f"{workers=}, but {execution!r} runs {execution.capacity} trials: give one of them.")
+            raise ConfigurationError(
+                f"{workers=}, but {execution!r} runs {execution.capacity} trials: give one of them."
+            )
         return execution
     if execution == "local":
         return Local(workers)

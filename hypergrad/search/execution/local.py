@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +17,8 @@ from typing import Any
 import torch
 
 from hypergrad.errors import ConfigurationError
-from hypergrad.search.errors import ExecutionError
 from hypergrad.search.execution.base import Ended, Executor, Reported
+from hypergrad.search.execution.server import ForkServer, how_it_died
 from hypergrad.search.messages import Job, Report, Result, Verdict
 
 _GRACE = 10.0  # seconds from a trial's result to the end of its process
@@ -54,7 +51,11 @@ class Local(Executor):
     """
 
     def __init__(self, workers: int = 1, *, gpus_per_trial: int | None = None, threads: int | None = None) -> None:
-        for name, value, least in (("workers", workers, 1), ("gpus_per_trial", gpus_per_trial, 0), ("threads", threads, 1)):
+        for name, value, least in (
+            ("workers", workers, 1),
+            ("gpus_per_trial", gpus_per_trial, 0),
+            ("threads", threads, 1),
+        ):
             optional = value is None and name != "workers"
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {value!r}.")
@@ -65,48 +66,43 @@ class Local(Executor):
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // workers if _LINUX else (os.cpu_count() or 1))
         self._running: dict[int, _Running] = {}
         self._events: list[Reported | Ended] = []
-        self._server: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._buffer, self._ready = b"", False
+        self._server: ForkServer | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def open(self, payload: bytes) -> None:
-        """Start the server; it loads torch while the driver goes on."""
+        """Start the server, if this process has none; it loads torch while the driver goes on."""
         self._folder = tempfile.TemporaryDirectory(prefix="hypergrad-")
         (Path(self._folder.name) / "train.pkl").write_bytes(payload)
-        self._start_server()
+        self._server = ForkServer.shared()
 
     def submit(self, job: Job) -> None:
         """Have a process forked for the job."""
-        if self._control is None:
-            self._start_server()
-        while not self._ready:
-            self._listen()
-        assert self._control is not None
-        assert self._folder is not None
+        assert self._folder is not None, "open() comes first"
+        self._server = ForkServer.shared()
+        self._server.wait_until_ready()
         slot = min(set(range(self.capacity)) - {r.slot for r in self._running.values()})
         ours, theirs = Pipe()
-        environment = {} if self._gpus is None else {"CUDA_VISIBLE_DEVICES": self._gpus[slot]}
+        gpus = {} if self._gpus is None else {"CUDA_VISIBLE_DEVICES": self._gpus[slot]}
         request = {
             "job": job.to_json(),
             "payload": str(Path(self._folder.name) / "train.pkl"),
             "log": str(Path(job.folder) / "log.txt"),
-            "environment": environment,
-            "path": [os.getcwd() if entry == "" else entry for entry in sys.path],
+            "environment": {**os.environ, **gpus},
+            "cwd": os.getcwd(),
+            "path": sys.path,
             "threads": self._threads,
         }
         self._running[job.number] = _Running(slot, ours)
-        with contextlib.suppress(OSError):  # then the server has died, and poll says so
-            socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+        self._server.fork(request, theirs.fileno())
         theirs.close()
 
     def poll(self, timeout: float) -> list[Reported | Ended]:
         """What has happened; waits up to `timeout` seconds for something to happen."""
         sources: dict[Any, int] = {r.connection: n for n, r in self._running.items() if not r.connection.closed}
-        if self._control is not None and not self._events:
-            for ready in wait([self._control, *sources], timeout):
-                if ready is self._control:
-                    self._listen()
+        if self._server is not None and not self._events:
+            for ready in wait([self._server.control, *sources], timeout):
+                if ready is self._server.control:
+                    self._listen(self._server)
                 else:
                     self._read(sources[ready])
         for running in self._running.values():
@@ -130,49 +126,22 @@ class Local(Executor):
             self._signal(running)
 
     def close(self) -> None:
-        """End the server, which takes everything with it."""
-        for running in self._running.values():
-            self._signal(running)
-            running.connection.close()
-        self._running.clear()
-        if self._control is not None:
-            self._control.close()
-        if self._server is not None:
-            try:
-                self._server.wait(5.0)
-            except subprocess.TimeoutExpired:
-                self._server.kill()
-                self._server.wait()
+        """Kill what runs, and see it gone. The server stays for the next run."""
+        for number in self._running:
+            self.kill(number)
+        until = time.monotonic() + _GRACE
+        while self._running and time.monotonic() < until:
+            self.poll(0.1)
+            self._events.clear()
         if self._folder is not None:
             self._folder.cleanup()
-        self._control = self._server = self._folder = None
+        self._server = self._folder = None
 
     # ----------------------------------------------------------------------------------------------------- inside
 
-    def _start_server(self) -> None:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "hypergrad.search.execution.process", "serve", str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        theirs.close()
-        self._control, self._buffer, self._ready = ours, b"", False
-
-    def _listen(self) -> None:
-        assert self._control is not None
-        try:
-            data = self._control.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            self._lose_server()
-            return
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for event in map(json.loads, lines):
-            if "ready" in event:
-                self._ready = True
-            elif "started" in event and event["started"] in self._running:
+    def _listen(self, server: ForkServer) -> None:
+        for event in server.events():
+            if "started" in event and event["started"] in self._running:
                 running = self._running[event["started"]]
                 running.pid = event["pid"]
                 if running.doomed:
@@ -180,7 +149,11 @@ class Local(Executor):
             elif "exited" in event:
                 number = next((n for n, r in self._running.items() if r.pid == event["exited"]), None)
                 if number is not None:
-                    self._end(number, _how_it_died(event["code"]))
+                    self._end(number, how_it_died(event["code"]))
+        if server.death is not None:
+            for number in list(self._running):
+                self._end(number, f"the process that starts trials died ({server.death}), and its trials with it")
+            self._server = None
 
     def _read(self, number: int) -> None:
         running = self._running.get(number)
@@ -206,20 +179,6 @@ class Local(Executor):
         del self._running[number]
         self._events.append(Ended(number, running.result, None if running.result is not None else reason))
 
-    def _lose_server(self) -> None:
-        assert self._server is not None
-        assert self._control is not None
-        self._control.close()
-        code = self._server.wait()
-        self._control = self._server = None
-        if not self._ready:
-            raise ExecutionError(
-                f"The process that starts trials died while it was loading torch ({_how_it_died(code)}); what it printed "
-                "says why."
-            )
-        for number in list(self._running):
-            self._end(number, f"the process that starts trials died ({_how_it_died(code)}), and its trials with it")
-
     @staticmethod
     def _signal(running: _Running) -> None:
         if running.pid is not None:
@@ -230,19 +189,15 @@ class Local(Executor):
 _LINUX = hasattr(os, "sched_getaffinity")
 
 
-def _how_it_died(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed by SIGKILL: by somebody, or by the system because memory ran out"
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"its process exited with code {code} before train returned"
-
-
 def _assigned_gpus(workers: int, per_trial: int | None) -> list[str] | None:
     if per_trial == 0:
         return [""] * workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [n for n in visible.split(",") if n] if visible is not None else list(map(str, range(torch.cuda.device_count())))
+    names = (
+        [n for n in visible.split(",") if n]
+        if visible is not None
+        else list(map(str, range(torch.cuda.device_count())))
+    )
     if not names:
         if per_trial:
             raise ConfigurationError(f"`gpus_per_trial` is {per_trial}, but no GPU is visible here.")

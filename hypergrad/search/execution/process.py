@@ -10,6 +10,7 @@ a second study; and every trial must be a process group that dies as a whole, an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -140,7 +141,9 @@ class Server:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        os.environ.clear()
         os.environ.update(request["environment"])
+        os.chdir(request["cwd"])
         sys.path[:] = request["path"]
         sys.argv = [sys.argv[0], "rank", request["payload"], json.dumps(request["job"])]
         if request["threads"]:
@@ -170,7 +173,13 @@ def main(arguments: list[str]) -> int:
     if child is None:
         server.end()
         return 0
-    return _run(*child)
+    code = _run(*child)
+    # What was registered to run at the end runs. Then the process is gone in 0.05 s, where taking the interpreter
+    # down, and with it every page that it shares with the server, would take 0.7 s.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

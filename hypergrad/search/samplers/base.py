@@ -23,7 +23,7 @@ class Proposal:
 
 
 class Sampler(abc.ABC):
-    """Chooses the next point. All it remembers is in the storage, so that a resumed study goes on as if never killed."""
+    """Chooses the next point. All it remembers is in the storage: a resumed study goes on as if never killed."""
 
     needs_reports = False  # whether it decides by what trials report while they train
     ends = False  # whether it runs out of points by itself

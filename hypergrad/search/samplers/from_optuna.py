@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -40,7 +40,10 @@ class FromOptuna(Sampler):
 
     def check(self, spec: StudySpec) -> None:
         """Raise `ConfigurationError` where this sampler cannot search `spec`."""
-        sampler = self.told(spec, 0)
+        try:
+            sampler = self.told(spec, 0)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"sampler={spec.sampler!r}: {error}") from error
         if isinstance(sampler, CmaEsSampler) and len(spec.directions) > 1:
             raise ConfigurationError("CMA-ES has one objective: with several use sampler='genetic', 'tpe' or 'gp'.")
 
@@ -89,7 +92,7 @@ class Given(FromOptuna):
         super().__init__(lambda *_: sampler)
 
 
-def _jointly_sampled(storage: Storage, sampler: BaseSampler, trial: FrozenTrial) -> Mapping[str, BaseDistribution]:
+def _jointly_sampled(storage: Storage, sampler: BaseSampler, trial: FrozenTrial) -> dict[str, BaseDistribution]:
     if isinstance(sampler, QMCSampler):
         # Optuna infers what varies from the trials so far; we know it, and so the first point is quasi-random too.
         parameters = storage.spec.space.items()

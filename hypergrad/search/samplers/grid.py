@@ -15,7 +15,7 @@ from hypergrad.search.storage import Storage
 class Grid(Sampler):
     """Enumerates the space, the last parameter changing fastest, and skips what the study has a trial for.
 
-    Failed and pruned trials have been visited and keep their points; a trial that was killed is continued under its own.
+    Failed and pruned trials have been visited and keep their points; one that was killed is continued under its own.
     """
 
     ends = True

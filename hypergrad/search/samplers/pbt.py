@@ -166,4 +166,4 @@ class PBT(Sampler):
                 moved = value + share * max(abs(value), parameter.high - parameter.low)
             return from_unit(parameter, to_unit(parameter, min(max(moved, parameter.low), parameter.high)))
         choices = parameter.values() or ()
-        return choices[generator.integers(len(choices))] if anew or value is None else value
+        return choices[int(generator.integers(len(choices)))] if anew or value is None else value

@@ -61,7 +61,7 @@ class Refine(Sampler):
 def _best(storage: Storage, before: int) -> TrialRecord | None:
     sign = 1.0 if storage.spec.directions[0] == "minimize" else -1.0
     records = [r for r in storage.records() if r.number < before and r.state == "complete"]
-    return min(records, key=lambda r: sign * r.value, default=None)  # type: ignore[operator, arg-type]
+    return min(records, key=lambda r: sign * r.value, default=None)  # type: ignore[operator]
 
 
 def _draw(parameter: Parameter, centre: Any, width: float, generator: np.random.Generator) -> Any:
@@ -74,4 +74,4 @@ def _draw(parameter: Parameter, centre: Any, width: float, generator: np.random.
         return from_unit(parameter, low + width * generator.random())
     choices = parameter.values() or ()
     anew = centre is None or generator.random() < width
-    return choices[generator.integers(len(choices))] if anew else centre
+    return choices[int(generator.integers(len(choices)))] if anew else centre
