@@ -33,7 +33,9 @@ def drive(tmp_path: Path) -> Iterator[Drive]:
         def start(trials: int, workers: int, seconds: float) -> subprocess.Popen[str]:
             command = [sys.executable, "-m", "tests.search.driving", str(tmp_path / "s")]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-            child = subprocess.Popen([*command, *map(str, (trials, workers, seconds))], cwd=ROOT, env=environment, **pipes)
+            child = subprocess.Popen(
+                [*command, *map(str, (trials, workers, seconds))], cwd=ROOT, env=environment, **pipes
+            )
             stack.enter_context(child)
             stack.callback(child.kill)
             return child
@@ -228,7 +230,9 @@ def test_five_drivers_and_twenty_workers_killed_at_random(tmp_path: Path, drive:
     _kill_and_resume(tmp_path / "s", drive, trials=24, seconds=2.0, drivers=5, workers=20, seed=seed)
 
 
-def _kill_and_resume(folder: Path, drive: Drive, trials: int, seconds: float, drivers: int, workers: int, seed: int) -> None:
+def _kill_and_resume(
+    folder: Path, drive: Drive, trials: int, seconds: float, drivers: int, workers: int, seed: int
+) -> None:
     """Kill workers and drivers at random times while they run; then let the last driver finish."""
     chance = random.Random(seed)
     killed = 0
@@ -306,7 +310,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
     yield folder
