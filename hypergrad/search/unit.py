@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hypergrad.search.parameter import Float, Int
+import numpy as np
+
+from hypergrad.search.parameter import Float, Int, Parameter
 
 
 def to_unit(parameter: Float | Int, value: float) -> float:
@@ -29,6 +31,14 @@ def from_unit(parameter: Float | Int, u: float) -> Any:
         value = parameter.low + parameter.step * round((value - parameter.low) / parameter.step)
     value = min(max(value, parameter.low), parameter.high)
     return int(value) if isinstance(parameter, Int) else float(value)
+
+
+def drawn(parameter: Parameter, generator: np.random.Generator) -> Any:
+    """A uniform draw from the whole domain."""
+    if isinstance(parameter, (Float, Int)):
+        return from_unit(parameter, generator.random())
+    choices = parameter.values() or ()
+    return choices[int(generator.integers(len(choices)))]
 
 
 def _edges(parameter: Float | Int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler
@@ -16,8 +17,10 @@ from hypergrad.search.errors import SpaceError
 from hypergrad.search.parameter import Categorical, Constant, Float, Int, Parameter
 from hypergrad.search.samplers.base import Proposal, Sampler
 from hypergrad.search.seeding import derived_seed
+from hypergrad.search.space import Space
 from hypergrad.search.spec import StudySpec
 from hypergrad.search.storage import Storage
+from hypergrad.search.unit import drawn
 
 # From the study's seed and the trial's: the sampler's object. Two seeds, because the scrambling of a
 # quasi-random sequence must stay the same over the whole study, where everything else is drawn anew per trial.
@@ -44,6 +47,7 @@ class FromOptuna(Sampler):
             sampler = self.told(spec, 0)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"sampler={spec.sampler!r}: {error}") from error
+        require_feasible(spec.space)
         if isinstance(sampler, CmaEsSampler) and len(spec.directions) > 1:
             raise ConfigurationError("CMA-ES has one objective: with several use sampler='genetic', 'tpe' or 'gp'.")
 
@@ -98,6 +102,22 @@ def _jointly_sampled(storage: Storage, sampler: BaseSampler, trial: FrozenTrial)
         parameters = storage.spec.space.items()
         return {n: p.distribution() for n, p in parameters if not isinstance(p, (Categorical, Constant))}
     return sampler.infer_relative_search_space(storage.study, trial)
+
+
+def require_feasible(space: Space) -> None:
+    """Raise `SpaceError` if chance finds no point that satisfies the constraints."""
+    generator = np.random.default_rng(0)
+    for _ in range(_TRIES if space.constraints else 0):
+        point: dict[str, Any] = {}
+        for name, parameter in space.items():
+            if space.is_active(name, point):
+                point[name] = drawn(parameter, generator)
+        if space.is_feasible(point):
+            return
+    if space.constraints:
+        raise SpaceError(
+            f"No point of the space satisfies {[c.text for c in space.constraints]}, as far as {_TRIES} random ones tell."
+        )
 
 
 def _plain(parameter: Parameter, value: Any) -> Any:

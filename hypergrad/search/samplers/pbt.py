@@ -12,11 +12,11 @@ from hypergrad.errors import ConfigurationError
 from hypergrad.search.parameter import Constant, Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Proposal, Sampler
-from hypergrad.search.samplers.from_optuna import FromOptuna
+from hypergrad.search.samplers.from_optuna import FromOptuna, require_feasible
 from hypergrad.search.seeding import derived_seed
 from hypergrad.search.spec import StudySpec
 from hypergrad.search.storage import Storage
-from hypergrad.search.unit import from_unit, to_unit
+from hypergrad.search.unit import drawn, from_unit, to_unit
 
 
 class PBT(Sampler):
@@ -74,6 +74,7 @@ class PBT(Sampler):
             raise ConfigurationError("PBT ranks by one objective: with several use sampler='genetic'.")
         if spec.pruner != "none":
             raise ConfigurationError(f"PBT decides itself who stops: leave out pruner={spec.pruner!r}.")
+        require_feasible(spec.space)
 
     def exhausted(self, storage: Storage) -> bool:
         """Whether the population is complete and nobody has to be replaced."""
@@ -94,10 +95,13 @@ class PBT(Sampler):
         alive = [r for r in storage.records() if r.state not in ("pruned", "failed")]
         levels = {record.number: self._level(storage, record) for record in alive}
         level = min(levels.values(), default=0)
-        if running == 0 and level >= 1 and all(levels[r.number] == level for r in alive):
-            self._remove_worst(storage, alive, level)
-        behind = [n for n in waiting if levels.get(n) == level]
-        return [n for n in behind if storage.record(n).state == "waiting"]
+        if self._ranking_is_due(storage, alive, levels, level):
+            if running:
+                return []  # one of them has just arrived, and is on its way to wait
+            self._remove_worst(storage, alive, int(level))
+        if self._vacancy(storage) is not None and self._room(storage) > 0:
+            return []  # the copies are made first, while their originals stand still
+        return [n for n in waiting if levels.get(n) == level and storage.record(n).state == "waiting"]
 
     def propose(self, storage: Storage, number: int) -> Proposal:
         """A random member of the first population, or a perturbed copy of one of the best."""
@@ -133,16 +137,24 @@ class PBT(Sampler):
         sign, step = (1.0 if storage.spec.directions[0] == "minimize" else -1.0), level * self.interval
         return sorted((r for r in records if step in r.curve), key=lambda r: (sign * r.curve[step], r.number))
 
-    def _remove_worst(self, storage: Storage, alive: Sequence[TrialRecord], level: float) -> None:
-        ranked = self._ranked(storage, alive, int(level))
-        room = len(ranked) if storage.target is None else storage.target - len(storage.numbers())
-        # Whoever is a copy has not been measured at this level, which says that the ranking is behind us.
-        if len(ranked) < len(alive) or len(ranked) < 2 or self._vacancy(storage) is not None:
-            return
-        for record in ranked[len(ranked) - min(self._count(len(ranked)), room) :] if room > 0 else []:
-            storage.set_attribute(record.number, "removed_at", int(level))
-            reason = f"PBT replaced it at step {int(level) * self.interval} by a copy of a better one"
+    def _ranking_is_due(
+        self, storage: Storage, alive: Sequence[TrialRecord], levels: dict[int, float], level: float
+    ) -> bool:
+        if not 1 <= level < float("inf") or any(levels[record.number] != level for record in alive):
+            return False
+        # A copy has not been measured at this level, which says that the ranking is behind us.
+        measured = len(self._ranked(storage, alive, int(level))) == len(alive) >= 2
+        return measured and self._room(storage) > 0 and self._vacancy(storage) is None
+
+    def _remove_worst(self, storage: Storage, alive: Sequence[TrialRecord], level: int) -> None:
+        ranked = self._ranked(storage, alive, level)
+        for record in ranked[len(ranked) - min(self._count(len(ranked)), self._room(storage)) :]:
+            storage.set_attribute(record.number, "removed_at", level)
+            reason = f"PBT replaced it at step {level * self.interval} by a copy of a better one"
             storage.resume_and_finish(record.number, "pruned", reason)
+
+    def _room(self, storage: Storage) -> int:
+        return self.population if storage.target is None else storage.target - len(storage.numbers())
 
     def _vacancy(self, storage: Storage) -> int | None:
         filled, removed = set(), []
@@ -155,15 +167,12 @@ class PBT(Sampler):
 
     def _explored(self, parameter: Parameter, value: Any, generator: np.random.Generator) -> Any:
         anew, up = generator.random() < self.resample, generator.random() < 0.5
-        if isinstance(parameter, Constant):
-            return parameter.value
+        if anew or value is None or isinstance(parameter, Constant):
+            return drawn(parameter, generator)
         if isinstance(parameter, (Float, Int)):
-            if anew or value is None:
-                return from_unit(parameter, generator.random())
             share = (self.factor - 1.0) if up else (1.0 / self.factor - 1.0)
             moved = value * (1.0 + share)
             if not parameter.log:
                 moved = value + share * max(abs(value), parameter.high - parameter.low)
             return from_unit(parameter, to_unit(parameter, min(max(moved, parameter.low), parameter.high)))
-        choices = parameter.values() or ()
-        return choices[int(generator.integers(len(choices)))] if anew or value is None else value
+        return value

@@ -10,10 +10,11 @@ from hypergrad.errors import ConfigurationError
 from hypergrad.search.parameter import Constant, Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Proposal, Sampler
+from hypergrad.search.samplers.from_optuna import require_feasible
 from hypergrad.search.seeding import derived_seed
 from hypergrad.search.spec import StudySpec
 from hypergrad.search.storage import Storage
-from hypergrad.search.unit import from_unit, to_unit
+from hypergrad.search.unit import drawn, from_unit, to_unit
 
 
 class Refine(Sampler):
@@ -39,6 +40,7 @@ class Refine(Sampler):
         """Raise `ConfigurationError` with several objectives, where there is no best trial."""
         if len(spec.directions) > 1:
             raise ConfigurationError("refine has one objective: with several use sampler='genetic' or 'tpe'.")
+        require_feasible(spec.space)
 
     def propose(self, storage: Storage, number: int) -> Proposal:
         """A feasible draw from the box of the round that `number` falls into."""
@@ -65,13 +67,9 @@ def _best(storage: Storage, before: int) -> TrialRecord | None:
 
 
 def _draw(parameter: Parameter, centre: Any, width: float, generator: np.random.Generator) -> Any:
-    if isinstance(parameter, Constant):
-        return parameter.value
+    if centre is None or isinstance(parameter, Constant):
+        return drawn(parameter, generator)
     if isinstance(parameter, (Float, Int)):
-        middle = to_unit(parameter, centre) if centre is not None else 0.5
-        width = width if centre is not None else 1.0
-        low = min(max(middle - width / 2, 0.0), 1.0 - width)
+        low = min(max(to_unit(parameter, centre) - width / 2, 0.0), 1.0 - width)
         return from_unit(parameter, low + width * generator.random())
-    choices = parameter.values() or ()
-    anew = centre is None or generator.random() < width
-    return choices[int(generator.integers(len(choices)))] if anew else centre
+    return drawn(parameter, generator) if generator.random() < width else centre
