@@ -3,6 +3,7 @@
 Optuna draws the points and prunes; what is here owns processes, storage, retries and TensorBoard.
 """
 
+from hypergrad.search.cross_validation import CrossValidation, cross_validate
 from hypergrad.search.errors import ExecutionError, ObjectiveError, SpaceError, StorageError, TrialPruned
 from hypergrad.search.execution.base import Ended, Executor, Reported
 from hypergrad.search.execution.local import Local
@@ -23,6 +24,7 @@ __all__ = [
     "PBT",
     "Categorical",
     "Constant",
+    "CrossValidation",
     "Ended",
     "ExecutionError",
     "Executor",
@@ -49,5 +51,6 @@ __all__ = [
     "TrialPruned",
     "TrialRecord",
     "Verdict",
+    "cross_validate",
     "current_trial",
 ]

@@ -6,6 +6,7 @@ The driver writes them, because a killed worker cannot write its own end.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from hypergrad.search.cross_validation import FILE
 from hypergrad.search.parameter import Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.spec import StudySpec
@@ -85,11 +87,22 @@ class Board:
         with self._tolerantly():
             # In a file of its own: TensorBoard may have read past the one that the start is in.
             _append(record.folder, "end", [*events, session_end(status)])
+            self._write_folds(record, status)
             if not set(record.metrics) <= self._metrics:
                 self._metrics.update(record.metrics)
                 self._write_experiment()
 
     # ----------------------------------------------------------------------------------------------------- inside
+
+    def _write_folds(self, record: TrialRecord, status: int) -> None:
+        """Every fold as a session of the trial's group, over which TensorBoard averages."""
+        with contextlib.suppress(FileNotFoundError):
+            stored = json.loads((record.folder / FILE).read_text())
+            for i, metrics in enumerate(stored["metrics"]):
+                value = metrics.get(stored["plan"]["monitor"], math.nan)
+                objective = [_scalar_event(self._objectives[0], value, 1)] if math.isfinite(value) else []
+                start = session_start(self._spec, record.params, record.folder.name)
+                _append(record.folder / f"fold-{i}", "end", [start, *objective, session_end(status)])
 
     def _write_experiment(self) -> None:
         infos = [_hparam_info(name, parameter) for name, parameter in self._spec.space.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 
 from hypergrad.errors import ConfigurationError
 from hypergrad.search.messages import Job, Report, Verdict
+from hypergrad.search.seeding import derived_seed
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -152,6 +154,11 @@ class Trial:
     @reason.setter
     def reason(self, reason: str) -> None:
         self._reason = reason
+
+    def fold(self, number: int) -> Trial:
+        """The trial's part `number`, from 0: a folder and a seed of its own, the same parameters, nobody to report to."""
+        folder, seed = str(self.folder / f"fold-{number}"), derived_seed(self.seed, number)
+        return Trial(replace(self._job, folder=folder, seed=seed, prunes=False, inherited=False), None)
 
     def trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Lightning `Trainer` for this trial.
