@@ -7,6 +7,7 @@ from hypergrad.search.cross_validation import CrossValidation, cross_validate
 from hypergrad.search.errors import ExecutionError, ObjectiveError, SpaceError, StorageError, TrialPruned
 from hypergrad.search.execution.base import Ended, Executor, Reported
 from hypergrad.search.execution.local import Local
+from hypergrad.search.execution.ray import Ray
 from hypergrad.search.messages import Job, Report, Result, Verdict
 from hypergrad.search.parameter import Categorical, Constant, Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
@@ -36,6 +37,7 @@ __all__ = [
     "ObjectiveError",
     "Parameter",
     "Proposal",
+    "Ray",
     "Refine",
     "Report",
     "Reported",

@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hypergrad.search.cross_validation import FILE
-from hypergrad.search.parameter import Float, Int, Parameter
+from hypergrad.search.parameter import Constant, Float, Int, Parameter
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.spec import StudySpec
 
@@ -105,8 +105,11 @@ class Board:
                 _append(record.folder / f"fold-{i}", "end", [start, *objective, session_end(status)])
 
     def _write_experiment(self) -> None:
-        infos = [_hparam_info(name, parameter) for name, parameter in self._spec.space.items()]
-        tags = [*self._objectives, "pruned", "duration", *sorted(self._metrics)]
+        # Constants would take the place of what varies: TensorBoard shows the first few columns.
+        infos = [_hparam_info(n, p) for n, p in self._spec.space.items() if not isinstance(p, Constant)]
+        # Of what HyperGradient logs, the learned values are results; how they were found is in the trial's charts.
+        results = [t for t in sorted(self._metrics) if not t.startswith("hypergradient/") or t.endswith("/value")]
+        tags = [*self._objectives, "pruned", *results, "duration"]
         metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag) for tag in tags]
         text = f"hypergrad study {self._folder.name}"
         content = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics, description=text)
@@ -166,6 +169,8 @@ def session_start(spec: StudySpec, params: Mapping[str, Any], group: str) -> Eve
     """The record that a session, with these parameters, belongs to the trial `group`."""
     info = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=time.time())
     for name, parameter in spec.space.items():
+        if isinstance(parameter, Constant):
+            continue
         value = _shown(parameter, params.get(name))
         kind = (
             "bool_value" if isinstance(value, bool) else "number_value" if isinstance(value, float) else "string_value"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypergrad.errors import ConfigurationError
 from hypergrad.search.execution.base import Executor
 from hypergrad.search.execution.local import Local
+from hypergrad.search.execution.ray import Ray
 
 
 def executor_of(execution: object, workers: int) -> Executor:
@@ -22,7 +23,5 @@ def executor_of(execution: object, workers: int) -> Executor:
     if execution == "local":
         return Local(workers)
     if execution == "ray":
-        from hypergrad.search.execution.ray import Ray  # an extra
-
         return Ray(workers)
     raise ConfigurationError(f"`execution` must be 'local', 'ray', Local(...) or Ray(...), but got {execution!r}.")
