@@ -20,6 +20,6 @@ __all__ = [
     "ProgressQuotient",
     "StoppingCriterion",
     "TrialPruning",
-    "Update",
     "UpStrips",
+    "Update",
 ]

@@ -22,12 +22,12 @@ class EarlyStopping(pl.Callback):
 
     Args:
         monitor: the key of a logged metric.
-        criterion: a rule, or several, of which the first to stop stops. Default: `Patience(3)`. A callback that is used
-            for a second fit starts with fresh ones.
+        criterion: a rule, or several, of which the first to stop stops. Default: `Patience(3)`. A second fit starts
+            with fresh ones.
         mode: `"min"` if a smaller value is better, `"max"` if a larger one is. Criteria by ratios need `"min"`.
         train_monitor: the key of the training error, for `ProgressQuotient`: logged with `on_epoch=True`.
-        restore_best_weights: at the end of training load the module's weights and buffers of the best epoch. They are kept
-            in memory and in checkpoints. `trainer.callback_metrics` still are the last epoch's: see `best_score`.
+        restore_best_weights: at the end of training load the module's weights and buffers of the best epoch. They are
+            kept in memory and in checkpoints. `trainer.callback_metrics` still are the last epoch's: see `best_score`.
         check_finite: stop when the monitored value is not a number or infinite.
         stopping_threshold: stop when the value is better than this.
         divergence_threshold: stop when the value is worse than this.
@@ -36,8 +36,8 @@ class EarlyStopping(pl.Callback):
     In a trial, `reason` becomes the reason in the trial's record.
 
     Raises:
-        ConfigurationError: for arguments that do not fit; during fit, if the metric is absent, or the strategy shards the
-            weights that are to be restored.
+        ConfigurationError: for arguments that do not fit; during fit, if the metric is absent, or the strategy shards
+            the weights that are to be restored.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class EarlyStopping(pl.Callback):
         # By exact class: strategies that shard derive from these.
         if self.restore_best_weights and type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ConfigurationError(
-                f"restore_best_weights=True keeps whole weights, which {type(trainer.strategy).__name__} may shard: use "
-                "ModelCheckpoint(monitor=...) and load its best_model_path."
+                f"restore_best_weights=True keeps whole weights, which {type(trainer.strategy).__name__} may shard: "
+                "use ModelCheckpoint(monitor=...) and load its best_model_path."
             )
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:

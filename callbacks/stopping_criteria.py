@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from itertools import pairwise
 from typing import Any
 
 from hypergrad import ConfigurationError
@@ -27,8 +28,8 @@ class StoppingCriterion(abc.ABC):
         """
         if self.needs_positive and not error > 0.0:
             raise ConfigurationError(
-                f"{type(self).__name__} compares errors by their ratio and needs them positive, but got {error}: monitor a "
-                "loss or an error rate, with mode='min'."
+                f"{type(self).__name__} compares errors by their ratio and needs them positive, but got {error}: "
+                "monitor a loss or an error rate, with mode='min'."
             )
         if self.needs_training and training is None:
             raise ConfigurationError(
@@ -180,7 +181,7 @@ class UpStrips(StoppingCriterion):
         if len(self._history) % self.strip or len(ends) <= self.strips:
             return None
         last = ends[-self.strips - 1 :]
-        if all(b > a for a, b in zip(last, last[1:], strict=False)):
+        if all(b > a for a, b in pairwise(last)):
             return f"the error went up over {self.strips} successive strips of {self.strip} epochs"
         return None
 

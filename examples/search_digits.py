@@ -6,6 +6,7 @@ decay are learned by gradient inside every trial. Kill it at any time and start 
 
 import logging
 import warnings
+from itertools import pairwise
 
 import lightning as L
 import torch
@@ -37,7 +38,7 @@ class Net(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         sizes = [64] + [params["width"]] * params["depth"]
-        layers = [(torch.nn.Linear(a, b), torch.nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+        layers = [(torch.nn.Linear(a, b), torch.nn.ReLU()) for a, b in pairwise(sizes)]
         self.net = torch.nn.Sequential(*(part for layer in layers for part in layer), torch.nn.Linear(sizes[-1], 10))
         self.params, self.f1 = params, MulticlassF1Score(10)
 

@@ -156,7 +156,7 @@ class Trial:
         self._reason = reason
 
     def fold(self, number: int) -> Trial:
-        """The trial's part `number`, from 0: a folder and a seed of its own, the same parameters, nobody to report to."""
+        """The trial's part `number`, from 0: its own folder and seed, the same parameters, nobody to report to."""
         folder, seed = str(self.folder / f"fold-{number}"), derived_seed(self.seed, number)
         return Trial(replace(self._job, folder=folder, seed=seed, prunes=False, inherited=False), None)
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def tensorboard(study: Study) -> Iterator[str]:
+def tensorboard(study: Study) -> str:
     server = program.TensorBoard()
     server.configure(argv=[None, "--logdir", str(study.folder), "--port", "0", "--load_fast=false"])
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    yield server.launch()
+    return str(server.launch())
 
 
 def _post(url: str, path: str, **request: Any) -> Any:

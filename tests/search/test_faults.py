@@ -236,7 +236,7 @@ def _kill_and_resume(
     """Kill workers and drivers at random times while they run; then let the last driver finish."""
     chance = random.Random(seed)
     killed = 0
-    for life in range(drivers):
+    for _ in range(drivers):
         child = drive(trials, 2, seconds)
         for _ in range(workers // drivers):
             _until(lambda: _trial_processes(folder) or child.poll() is not None)

@@ -208,13 +208,10 @@ class _Holder:
 
 def test_what_cannot_be_sent_to_a_worker_is_named(tmp_path: Path) -> None:
     study = Study(tmp_path / "s", space=SPACE)
-    for train, where in (
-        (_Holder().train, r"train\.__self__\.lock"),
-        (lambda trial, h=_Holder(): h, r"default .*\.lock"),
-    ):
-        with pytest.raises(
-            ObjectiveError, match=rf"{where} is a lock, which cannot be pickled.*Make it inside `train`"
-        ):
+    holder = _Holder()
+    for train, where in ((holder.train, r"train\.__self__\.lock"), (lambda trial: holder, r"train → holder\.lock")):
+        message = rf"{where} is a lock, which cannot be pickled.*Make it inside `train`"
+        with pytest.raises(ObjectiveError, match=message):
             study.run(train, 1)
     with pytest.raises(ObjectiveError, match="must take one argument"):
         study.run(lambda: 1.0, 1)
@@ -335,6 +332,19 @@ def test_each_trial_has_a_process_group_of_its_own_and_a_log(tmp_path: Path, mon
         assert record.metrics["group"] == record.metrics["pid"]
         assert (record.metrics["threads"], record.metrics["variable"], record.metrics["leaked"]) == (1, 7, 0)
         assert "printed by the trial" in (record.folder / "log.txt").read_text()
+
+
+def test_preloaded_modules_are_there_and_wrong_names_do_no_harm(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        import sys
+
+        return float("wave" in sys.modules)
+
+    before = Study(tmp_path / "s", space=SPACE).run(train, 1)
+    after = Study(tmp_path / "t", space=SPACE).run(train, 1, execution=Local(preload=["wave", "no_such_module"]))
+    assert (before[0].value, after[0].value) == (0.0, 1.0)
+    with pytest.raises(ConfigurationError, match="`preload` must be names"):
+        Local(preload="wave")
 
 
 def test_what_is_registered_to_run_at_exit_runs(tmp_path: Path) -> None:

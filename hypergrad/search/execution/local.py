@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -45,12 +46,21 @@ class Local(Executor):
         workers: trials at a time, at least 1.
         gpus_per_trial: None gives each worker an equal share, at least one; 0 hides them all.
         threads: of torch on the CPU per trial. None shares the cores among the workers.
+        preload: modules that trials find loaded, beside torch and Lightning, such as `("sklearn.datasets",)`: an import
+            of 0.6 s is then paid once and not per trial. They must start no threads and not touch CUDA.
 
     Raises:
         ConfigurationError: for values out of range, or on a system without fork (Windows).
     """
 
-    def __init__(self, workers: int = 1, *, gpus_per_trial: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        gpus_per_trial: int | None = None,
+        threads: int | None = None,
+        preload: Sequence[str] = (),
+    ) -> None:
         for name, value, least in (
             ("workers", workers, 1),
             ("gpus_per_trial", gpus_per_trial, 0),
@@ -61,7 +71,10 @@ class Local(Executor):
                 raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {value!r}.")
         if not hasattr(os, "fork"):
             raise ConfigurationError("Local trials are forked, which this system cannot: use execution='ray'.")
+        if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+            raise ConfigurationError(f"`preload` must be names of modules, but got {preload!r}.")
         self.capacity = workers
+        self._preload = list(preload)
         self._gpus = _assigned_gpus(workers, gpus_per_trial)
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // workers if _LINUX else (os.cpu_count() or 1))
         self._running: dict[int, _Running] = {}
@@ -91,6 +104,7 @@ class Local(Executor):
             "cwd": os.getcwd(),
             "path": sys.path,
             "threads": self._threads,
+            "preload": self._preload,
         }
         self._running[job.number] = _Running(slot, ours)
         self._server.fork(request, theirs.fileno())

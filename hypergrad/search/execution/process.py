@@ -98,6 +98,7 @@ class Server:
                 while b"\n" in self._buffer:
                     line, _, self._buffer = self._buffer.partition(b"\n")
                     request, fd = json.loads(line), self._fds.pop(0)
+                    self._preload(request)
                     pid = os.fork()
                     if pid == 0:
                         return self._become(request), Connection(fd)
@@ -109,6 +110,14 @@ class Server:
         """Kill what is left."""
         for pid in self._pids:
             _kill_group(pid)
+
+    @staticmethod
+    def _preload(request: dict[str, Any]) -> None:
+        for name in request["preload"]:
+            if name not in sys.modules:
+                sys.path[:] = request["path"]
+                with contextlib.suppress(Exception):  # the trial will meet the same error, and say so
+                    importlib.import_module(name)
 
     def _reap(self) -> None:
         while True:

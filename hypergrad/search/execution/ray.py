@@ -42,7 +42,7 @@ class Ray(Executor):
                 raise ConfigurationError(f"`{name}` must be at least 0, but got {share!r}.")
         import ray
 
-        self._ray = ray
+        self._ray: Any = ray
         self.capacity = workers
         self._resources = {"num_cpus": cpus_per_trial, "num_gpus": gpus_per_trial}
         self._address = address

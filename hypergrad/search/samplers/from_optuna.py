@@ -116,7 +116,7 @@ def require_feasible(space: Space) -> None:
             return
     if space.constraints:
         raise SpaceError(
-            f"No point of the space satisfies {[c.text for c in space.constraints]}, as far as {_TRIES} random ones tell."
+            f"No point of the space satisfies {[c.text for c in space.constraints]}: of {_TRIES} random ones none did."
         )
 
 
