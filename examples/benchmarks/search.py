@@ -151,7 +151,11 @@ def peers(folder: Path, trials: int, epochs: int, seed: int) -> None:
         for point in points:
             study.enqueue_trial(point)
         began = time.perf_counter()
-        study.optimize(there, trials, n_jobs=workers)
+        try:
+            study.optimize(there, trials, n_jobs=workers)
+        except ValueError as error:  # seen with two threads and SQLite: "Cannot tell a COMPLETE trial."
+            print(f"Optuna, {workers} thread(s): {error}")
+            continue
         _line(f"Optuna, {workers} thread(s)", began, study.best_value, [t.state.name == "PRUNED" for t in study.trials])
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,16 @@ class Board:
         self._objectives = ["objective"] if single else [f"objective/{name}" for name in spec.monitors]
         self._sign = 1.0 if spec.pruning_direction == "minimize" else -1.0
         self._best: dict[int, float] = {}
-        self._metrics: set[str] = set()
+        self._judged = 0  # complete and pruned trials, and how many of them have each metric
+        self._metrics: Counter[str] = Counter()
+        self._tags: list[str] = []
         self._experiment: Path | None = None
         self._failed = False
 
     def open(self, records: Iterable[TrialRecord]) -> None:
         """Write the experiment record, with the metrics of the trials so far."""
         for record in records:
-            self._metrics.update(record.metrics)
+            self._count(record)
         with self._tolerantly():
             for stale in self._folder.glob("events.out.tfevents.*.study"):
                 stale.unlink()
@@ -88,11 +91,26 @@ class Board:
             # In a file of its own: TensorBoard may have read past the one that the start is in.
             _append(record.folder, "end", [*events, session_end(status)])
             self._write_folds(record, status)
-            if not set(record.metrics) <= self._metrics:
-                self._metrics.update(record.metrics)
+            self._count(record)
+            if self._tags != self._ordered_tags():
                 self._write_experiment()
 
     # ----------------------------------------------------------------------------------------------------- inside
+
+    def _count(self, record: TrialRecord) -> None:
+        if record.state in ("complete", "pruned"):
+            self._judged += 1
+            self._metrics.update(record.metrics.keys())
+
+    def _ordered_tags(self) -> list[str]:
+        """The columns. What every trial has comes first: TensorBoard selects the first five, and leaves a trial out of
+        its plots that lacks a selected one.
+        """
+        # Of what HyperGradient logs, the learned values are results; how they were found is in the trial's charts.
+        results = [t for t in sorted(self._metrics) if not t.startswith("hypergradient/") or t.endswith("/value")]
+        common = [tag for tag in results if self._metrics[tag] == self._judged]
+        rare = [tag for tag in results if self._metrics[tag] < self._judged]
+        return [*self._objectives, "pruned", *common, "duration", *rare]
 
     def _write_folds(self, record: TrialRecord, status: int) -> None:
         """Every fold as a session of the trial's group, over which TensorBoard averages."""
@@ -107,10 +125,8 @@ class Board:
     def _write_experiment(self) -> None:
         # Constants would take the place of what varies: TensorBoard shows the first few columns.
         infos = [_hparam_info(n, p) for n, p in self._spec.space.items() if not isinstance(p, Constant)]
-        # Of what HyperGradient logs, the learned values are results; how they were found is in the trial's charts.
-        results = [t for t in sorted(self._metrics) if not t.startswith("hypergradient/") or t.endswith("/value")]
-        tags = [*self._objectives, "pruned", *results, "duration"]
-        metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag) for tag in tags]
+        self._tags = self._ordered_tags()
+        metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag) for tag in self._tags]
         text = f"hypergrad study {self._folder.name}"
         content = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics, description=text)
         event = _plugin_event(metadata.EXPERIMENT_TAG, experiment=content)
