@@ -15,6 +15,7 @@ import pytest
 
 import hypergrad
 import hypergrad.callbacks
+import hypergrad.search
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -40,7 +41,18 @@ import hypergrad
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"lightning", "pytorch_lightning", "optuna", "higher", "sklearn", "tensorboard", "scipy", "torchmetrics"}
 assert not heavy, heavy
+assert not new & {"cloudpickle", "sqlalchemy", "ray"}, new
 assert not {m for m in set(sys.modules) - before if m.startswith(("torch._dynamo", "torch._inductor"))}
+"""
+    _run(sys.executable, "-c", script)
+
+
+def test_importing_search_loads_neither_lightning_nor_the_extras() -> None:
+    script = """
+import sys
+import hypergrad.search
+heavy = {m.partition(".")[0] for m in sys.modules} & {"lightning", "pytorch_lightning", "ray", "sklearn", "pandas"}
+assert not heavy, heavy
 """
     _run(sys.executable, "-c", script)
 
@@ -51,7 +63,7 @@ def test_callbacks_are_installed_inside_hypergrad_and_nowhere_else() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("package", [hypergrad, hypergrad.callbacks])
+@pytest.mark.parametrize("package", [hypergrad, hypergrad.callbacks, hypergrad.search])
 def test_everything_exported_exists_and_is_documented(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]
     assert names == sorted(names)

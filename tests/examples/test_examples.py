@@ -38,14 +38,39 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     )
 
 
-@pytest.mark.parametrize("name", ["overhead.py", "quality.py", "estimators.py"])
+@pytest.mark.parametrize("name", ["overhead.py", "quality.py", "estimators.py", "search.py"])
 def test_benchmarks_run(name: str, tmp_path: Path) -> None:
     options = {
         "overhead.py": ["--rounds", "1", "--steps", "5", "--every", "5"],
         "estimators.py": ["--rounds", "1", "--steps", "2", "--task", "GRU", "--horizons"],
+        "search.py": ["--trials", "2", "--more", "5", "--peer-trials", "2", "--epochs", "1", "--seeds", "1"],
         "quality.py": ["--seeds", "1", "--epochs", "1", "--trials", "1"],
     }
     command = [sys.executable, str(EXAMPLES / "benchmarks" / name), *options[name]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 3
+
+
+def test_search_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    main: Any = runpy.run_path(str(EXAMPLES / "search_digits.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "TRIALS", 3)
+    monkeypatch.setitem(main.__globals__, "EPOCHS", 4)
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("momentum    real in [0.5, 0.95], when optimizer is 'sgd'")
+    assert lines[-2].startswith("best: trial ")
+    assert "'failed'" not in lines[-3]
+
+
+def test_tabular_automl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same code with fewer trials; the linear and the tree model are scikit-learn's, and so are their scores."""
+    monkeypatch.chdir(tmp_path)
+    main: Any = runpy.run_path(str(EXAMPLES / "tabular_automl.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "TRIALS", 2)
+    monkeypatch.setitem(main.__globals__, "EPOCHS", 6)
+    main()
+    scores = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines() if "test accuracy" in line]
+    assert len(scores) == 3
+    assert all(0.85 < score <= 1.0 for score in scores)

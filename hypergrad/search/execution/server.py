@@ -1,0 +1,83 @@
+"""The driver's end of the process that forks trials; see `process.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from hypergrad.search.errors import ExecutionError
+
+
+class ForkServer:
+    """A running server. It is started once per driver process and ends with it."""
+
+    _shared: ForkServer | None = None
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "hypergrad.search.execution.process", "serve", str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self._buffer, self._ready, self._owner = b"", False, os.getpid()
+        self.death: str | None = None
+
+    @classmethod
+    def shared(cls) -> ForkServer:
+        """The one of this process, started where there is none alive."""
+        server = cls._shared
+        if server is None or server.death is not None or server._owner != os.getpid():
+            server = cls._shared = cls()
+        return server
+
+    def wait_until_ready(self) -> None:
+        """Until torch is loaded.
+
+        Raises:
+            ExecutionError: if the server dies instead.
+        """
+        while not self._ready and self.death is None:
+            self.events()
+        if not self._ready:
+            raise ExecutionError(
+                f"The process that starts trials died while it was loading torch ({self.death}); see what it printed."
+            )
+
+    def fork(self, request: dict[str, Any], fd: int) -> None:
+        """Ask for a process that does `request` and talks through `fd`. If the server is dead, `events` will say so."""
+        with contextlib.suppress(OSError):
+            message = json.dumps(request).encode() + b"\n"
+            sent = socket.send_fds(self.control, [message], [fd])
+            self.control.sendall(message[sent:])
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the server says: `{"started": number, "pid": …}`, `{"exited": pid, "code": …}`. Waits for something."""
+        try:
+            data = self.control.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            self.control.close()
+            self.death = how_it_died(self._process.wait())
+            return []
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        events = [json.loads(line) for line in lines]
+        self._ready = self._ready or any("ready" in event for event in events)
+        return [event for event in events if "ready" not in event]
+
+
+def how_it_died(code: int) -> str:
+    """An exit code in words."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL: by somebody, or by the system because memory ran out"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"its process exited with code {code} before train returned"
