@@ -22,7 +22,6 @@ from hypergrad.search.study import Study
 from hypergrad.search.trial import Trial, current_trial
 
 __all__ = [
-    "PBT",
     "Categorical",
     "Constant",
     "CrossValidation",
@@ -35,6 +34,7 @@ __all__ = [
     "Job",
     "Local",
     "ObjectiveError",
+    "PBT",
     "Parameter",
     "Proposal",
     "Ray",
