@@ -43,8 +43,8 @@ from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
 
 __all__ = [
-    "Best",
     "CG",
+    "Best",
     "Cautious",
     "CheckResult",
     "CheckedHyperparameter",

@@ -22,6 +22,7 @@ from hypergrad.search.study import Study
 from hypergrad.search.trial import Trial, current_trial
 
 __all__ = [
+    "PBT",
     "Categorical",
     "Constant",
     "CrossValidation",
@@ -34,7 +35,6 @@ __all__ = [
     "Job",
     "Local",
     "ObjectiveError",
-    "PBT",
     "Parameter",
     "Proposal",
     "Ray",
