@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from hypergrad import Best, Cautious, Descent, HypergradError, Tuner
+from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Tuner
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
@@ -26,6 +27,7 @@ class Pieces:
         attachment: of the only optimizer.
         score: the objective, the lower the better, of the module as it stands.
         tuner: whose controller is replaced where a race turns out to be impossible.
+        learned: hyperparameters in the loss.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Pieces:
         attachment: Attachment,
         score: Score,
         tuner: Tuner,
+        learned: Mapping[str, Hyperparameter],
     ) -> None:
         self.race_result: dict[str, Any] | None = None
         self.best: Best | None = None
@@ -56,7 +59,7 @@ class Pieces:
         if plan.readout is not None:
             self._keeper = Keeper(plan.readout, steps, module, score)
         if plan.rewind is not None:
-            self._guard = Guard(plan.rewind, module, attachment)
+            self._guard = Guard(plan.rewind, module, attachment, tuner, learned)
         if plan.race is not None:
             self._heat = Heat(plan.race, steps, trainer, module, attachment, score)
             if attachment.training_loss is None:

@@ -67,6 +67,7 @@ def make_plan(
     learns_lr: bool,
     every_n_steps: int | None,
     *,
+    update_cost: float,
     continues: bool,
 ) -> Plan:
     """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for.
@@ -74,6 +75,7 @@ def make_plan(
     Args:
         learns_lr: whether lr is among the hyperparameters.
         every_n_steps: what the user said.
+        update_cost: gradients that an update takes.
         continues: whether a run with a plan goes on from a checkpoint.
     """
     total = trainer.estimated_stepping_batches
@@ -100,7 +102,7 @@ def make_plan(
         if readout is not None:
             spent += 2 * readout.checkpoints * batches * _FORWARD
         left = extra * steps - spent
-        every = max((steps - _length(race, steps)) / left, 1.0) if left >= 1.0 else _RARELY
+        every = max((steps - _length(race, steps)) / left * update_cost, 1.0) if left >= 1.0 else _RARELY
     return Plan(steps, race, shape, readout, rewind, every, batches, why)
 
 

@@ -19,6 +19,7 @@ from hypergrad import (
     Controller,
     Descent,
     Estimator,
+    Exact,
     Frozen,
     Hyperparameter,
     Implicit,
@@ -94,8 +95,14 @@ class Run:
         self._trainer = trainer
         self._settings = settings
         learns_lr = "lr" in names_of(settings.of_optimizers)
+        self._products = 0
+        self._modules = settings.in_loss(module)
+        # The validation gradient; where the loss has hyperparameters, also a training gradient and a product.
+        update_cost = 1.0 + (1.0 + self._per_product if self._modules else 0.0)
         self.plan = make_plan(
-            *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps), continues=continues
+            *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps),
+            update_cost=update_cost,
+            continues=continues,
         )
         self._tuner = Tuner(self._controller())
         self._pieces: Pieces | None = None
@@ -108,7 +115,6 @@ class Run:
         self._attachments: list[Attachment] = []
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
-        self._modules = settings.in_loss(module)
         self._names = names_of(settings.of_optimizers) + list(self._modules)
         self._training_loss: TrainingLoss | None = None
         self._warned: set[str] = set()
@@ -170,8 +176,18 @@ class Run:
     def cost(self) -> float:
         """See `HyperGradient.cost`."""
         replays = self._training_loss.evaluations if self._training_loss is not None else 0
-        spent = self.gradients + replays + (self._pieces.spent if self._pieces is not None else 0.0)
+        spent = (
+            self.gradients
+            + replays
+            + self._per_product * self._products
+            + (self._pieces.spent if self._pieces is not None else 0.0)
+        )
         return 1.0 + spent / max(self.training_batches, 1)
+
+    @property
+    def _per_product(self) -> float:
+        """What a Hessian-vector product costs in gradients; one by differences is counted as a gradient already."""
+        return 2.0 if isinstance(getattr(self._settings.estimator, "curvature", None), Exact) else 0.0
 
     def report(self) -> str:
         """See `HyperGradient.report`."""
@@ -259,6 +275,7 @@ class Run:
             "first_values": dict(self.first_values),
             "training_batches": self.training_batches,
             "gradients": self.gradients,
+            "products": self._products,
             "diagnostics": [list(map(list, self._monitored)), list(self._predicted), self._foretold],
             "pieces": None if self._pieces is None else self._pieces.state_dict(),
             "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
@@ -285,6 +302,7 @@ class Run:
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
         self.training_batches, self.gradients = state["training_batches"], state["gradients"]
+        self._products = state["products"]
         device = self._trainer.strategy.root_device
         self._watch, self._training_watch, self._tracking_watch = (Stopwatch(device, s) for s in state["seconds"])
         for attachment in self._attachments:
@@ -325,8 +343,8 @@ class Run:
         if plan.steps is None:
             return
         score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
-        parts = (plan, self._trainer, self._trainer.lightning_module, self._attachments[0], score, self._tuner)
-        self._pieces = Pieces(*parts)
+        module, attachment = self._trainer.lightning_module, self._attachments[0]
+        self._pieces = Pieces(plan, self._trainer, module, attachment, score, self._tuner, self._modules)
 
     def _load_trackers(self, state: dict[str, Any]) -> None:
         estimator = self._settings.estimator
@@ -385,6 +403,7 @@ class Run:
         self.gradients += 1
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]
+        self._products += sum(c.products for c in contractions)
         for attachment in due:
             attachment.measured()
         value, measurements = self._measured(loss, due, contractions)

@@ -195,7 +195,10 @@ class HyperGradient(pl.Callback):
 
     @property
     def cost(self) -> float:
-        """Gradients spent so far over those of plain training; a loss without its gradient counts as a third."""
+        """Gradients spent so far over those of plain training.
+
+        A loss without its gradient counts as a third of one, an exact Hessian-vector product as two.
+        """
         return self._run.cost if self._run is not None else 1.0
 
     def report(self) -> str:

@@ -117,6 +117,11 @@ class Tuner:
         self._offsets[key] = offset
         self._known.clear()
 
+    @property
+    def offsets(self) -> dict[str, float]:
+        """A copy of all offsets, by key."""
+        return dict(self._offsets)
+
     def offset(self, key: str) -> float:
         """How far a coordinate has been moved from what the schedule says."""
         return self._offsets.get(key, 0.0)

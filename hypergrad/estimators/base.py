@@ -36,7 +36,7 @@ class Contraction:
             `tangent_norms` has an entry.
         status: `"ok"`, or what was wrong and what to do about it.
         residual: of an implicit estimator: |(H + damping) x - g| / |g| of the linear system that it solved.
-        products: Hessian-vector products spent on it, since tracking began.
+        products: Hessian-vector products spent on it, since the last one.
         unused: hyperparameters on which no gradient of a training loss depended, in the steps that were differentiated.
     """
 

@@ -185,9 +185,8 @@ class _ForwardTracker(Tracker):
         # Every hyperparameter acts, through the loss, on all parameters.
         whole = norm([gradients[p] for p in self._moved], dtype)
         gradient_norms = {name: whole.expand(norms.shape) for name, norms in tangent_norms.items()}
-        return Contraction(
-            hypergradients, tangent_norms, gradient_norms, products=self._products, unused=tuple(self._unused)
-        )
+        products, self._products = self._products, 0
+        return Contraction(hypergradients, tangent_norms, gradient_norms, products=products, unused=tuple(self._unused))
 
     def state_dict(self) -> dict[str, Any]:
         """The tangents, by parameter and hyperparameter."""
