@@ -66,7 +66,7 @@ def test_callbacks_are_installed_inside_hypergrad_and_nowhere_else() -> None:
 @pytest.mark.parametrize("package", [hypergrad, hypergrad.callbacks, hypergrad.search])
 def test_everything_exported_exists_and_is_documented(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]
-    assert names == sorted(names)
+    assert len(names) == len(set(names))  # their order is ruff's to check
     for name in names:
         assert (getattr(package, name).__doc__ or "").strip(), f"{name} has no docstring"
 
