@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,66 +14,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hypergrad import (
     Best,
     Cautious,
-    ConfigurationError,
     Contraction,
     Controller,
     Descent,
-    Estimator,
     Exact,
     Frozen,
-    Hyperparameter,
     Implicit,
-    Measurement,
-    OptimizerHyperparameter,
     TensorMeasurement,
     Tuner,
     check_names,
-    loss_hyperparameters,
     resolve,
 )
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
-from hypergrad.callbacks._lightning import validation_loaders
+from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, described, labels_of, measured
 from hypergrad.callbacks._pieces import Pieces
-from hypergrad.callbacks._plan import Wishes, make_plan
+from hypergrad.callbacks._plan import make_plan
 from hypergrad.callbacks._report import Facts, report
+from hypergrad.callbacks._settings import Settings, check_disjoint, hyper_validation_data, names_of
 from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import Score, ValidationLoss
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see `HyperGradient`."""
-
-    hyperparameters: tuple[str | OptimizerHyperparameter | Hyperparameter, ...] | None
-    estimator: Estimator
-    monitor: str
-    mode: Literal["min", "max"]
-    val_dataloaders: Iterable[Any] | None
-    every_n_steps: int | None
-    controller: Controller | None
-    seed: int
-    wishes: Wishes
-
-    @property
-    def sign(self) -> float:
-        """What turns the monitored value into an objective to be made smaller."""
-        return 1.0 if self.mode == "min" else -1.0
-
-    @property
-    def of_optimizers(self) -> list[str | OptimizerHyperparameter]:
-        """Those in the param groups; by default learning rate and weight decay, where the estimator can serve them."""
-        if self.hyperparameters is None:
-            return [] if isinstance(self.estimator, Implicit) else ["lr", "weight_decay"]
-        return [h for h in self.hyperparameters if not isinstance(h, Hyperparameter)]
-
-    def in_loss(self, module: pl.LightningModule) -> Mapping[str, Hyperparameter]:
-        """Those in the loss, by path in the module; by default all that it has."""
-        chosen = self.hyperparameters
-        return loss_hyperparameters(
-            module, None if chosen is None else [h for h in chosen if isinstance(h, Hyperparameter)]
-        )
 
 
 class Run:
@@ -118,7 +79,7 @@ class Run:
         self._names = names_of(settings.of_optimizers) + list(self._modules)
         self._training_loss: TrainingLoss | None = None
         self._warned: set[str] = set()
-        loader, index, several = _hyper_validation_data(trainer, settings)
+        loader, index, several = hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
         self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)
@@ -146,10 +107,10 @@ class Run:
         """The value that the next step uses, by label; the last ones once detached."""
         if self._final_values is not None:
             return dict(self._final_values)
-        labels = self._labels()
+        labels = labels_of(self._attachments, self._trainer.lightning_module)
         values = {labels[key]: value for a in self._attachments for key, value in a.values().items()}
         for name, module in self._modules.items():
-            values.update(_described(name, module.value, {"mean": _mean, "min": torch.min, "max": torch.max}))
+            values.update(described(name, module.value, OF_VALUES))
         return values
 
     @property
@@ -366,7 +327,7 @@ class Run:
         return f"{line} ({schedule[1] / schedule[0]:.3g} times the schedule)"
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        _check_disjoint(optimizers)
+        check_disjoint(optimizers)
         settings = self._settings
         tensors = {name: m.value for name, m in self._modules.items()}
         steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
@@ -406,8 +367,8 @@ class Run:
         self._products += sum(c.products for c in contractions)
         for attachment in due:
             attachment.measured()
-        value, measurements = self._measured(loss, due, contractions)
-        sign, labels = self._settings.sign, self._labels()
+        value, measurements = measured(self._trainer, loss, due, contractions, self._modules)
+        sign, labels = self._settings.sign, labels_of(self._attachments, self._trainer.lightning_module)
         if self._pieces is not None and self._pieces.saw(sign * value):
             return Update(self.steps, value, self.values, {}, skipped="rewound")
         # To first order a step changes the loss by lr * d(loss)/d(lr); each that is measured stands for several.
@@ -421,8 +382,8 @@ class Run:
         for name, module in self._modules.items():
             found = sum((c.hypergradients[name] for c in contractions), torch.zeros_like(module.value))
             tensors.append(TensorMeasurement(name, module, sign * found))
-            values.update(_described(name, module.value, {"mean": _mean, "min": torch.min, "max": torch.max}))
-            hypergradients.update(_described(name, found, {"norm": torch.linalg.vector_norm}))
+            values.update(described(name, module.value, OF_VALUES))
+            hypergradients.update(described(name, found, OF_HYPERGRADIENTS))
         outcome = self._tuner.update(
             [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value, tensors
         )
@@ -436,24 +397,6 @@ class Run:
             skipped=outcome.skipped,
             status=self._status(contractions),
         )
-
-    def _measured(
-        self, loss: torch.Tensor, due: list[Attachment], contractions: list[Contraction]
-    ) -> tuple[float, list[Measurement]]:
-        """The validation loss, and what was measured of the optimizers' hyperparameters."""
-        numbers = iter(self._to_host(loss, contractions))
-        value = next(numbers)
-        measurements: list[Measurement] = []
-        for attachment, contraction in zip(due, contractions, strict=True):
-            hypergradients: dict[str, list[float]] = {}
-            scales: dict[str, list[float] | None] = {}
-            for name in (h.name for h in attachment.hyperparameters):
-                count = len(contraction.hypergradients[name])
-                hypergradients[name] = [next(numbers) for _ in range(count)]
-                known = name in contraction.tangent_norms
-                scales[name] = [next(numbers) for _ in range(count)] if known else None
-            measurements += attachment.measurements(hypergradients, scales)
-        return value, measurements
 
     def _status(self, contractions: list[Contraction]) -> str | None:
         """What an estimator has to say about its numbers, also as a warning the first time."""
@@ -470,93 +413,3 @@ class Run:
                 self._warned.add(kind)
                 rank_zero_warn(f"HyperGradient at step {self.steps}: {status}.")
         return "; ".join(found) or None
-
-    def _to_host(self, loss: torch.Tensor, contractions: list[Contraction]) -> list[float]:
-        """Every number of an update in one transfer, averaged over ranks."""
-        columns = [loss.reshape(1)]
-        for contraction in contractions:
-            for name, hypergradients in contraction.hypergradients.items():
-                if name in self._modules:
-                    continue
-                columns.append(hypergradients)
-                if name in contraction.tangent_norms:
-                    columns.append(contraction.tangent_norms[name] * contraction.gradient_norms[name])
-        wide = torch.float64 if any(c.dtype == torch.float64 for c in columns) else torch.float32
-        packed = torch.cat([c.to(loss.device, wide) for c in columns])
-        if self._trainer.world_size > 1:
-            packed = self._trainer.strategy.reduce(packed, reduce_op="mean")
-        return packed.tolist()
-
-    def _labels(self) -> dict[str, str]:
-        """What a user calls each coordinate, by its key."""
-        labels = {}
-        parameters: dict[torch.Tensor, str] = {p: name for name, p in self._trainer.lightning_module.named_parameters()}
-        for i, attachment in enumerate(self._attachments):
-            groups = attachment.optimizer.param_groups
-            names = [str(group.get("name", f"group_{at}")) for at, group in enumerate(groups)]
-            if len(set(names)) < len(names):
-                names = [f"group_{at}" for at in range(len(groups))]
-            for row in attachment.layout():
-                for key, hyperparameter in row.learned.items():
-                    parts = [hyperparameter.name]
-                    if hyperparameter.per == "tensor":
-                        parts.append(parameters.get(row.params[0], key))
-                    elif len(self._attachments) > 1:
-                        parts.append(f"optimizer_{i}")
-                    if hyperparameter.per == "group" and len(groups) > 1:
-                        parts.append(names[row.group])
-                    labels[key] = "/".join(parts)
-        return labels
-
-
-def names_of(hyperparameters: Sequence[str | OptimizerHyperparameter]) -> list[str]:
-    """What each is called."""
-    return [h if isinstance(h, str) else h.name for h in hyperparameters]
-
-
-def _described(
-    name: str, tensor: torch.Tensor, of_many: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
-) -> dict[str, float]:
-    """A single number as itself, several by numbers that describe them."""
-    if tensor.numel() == 1:
-        return {name: tensor.item()}
-    return {f"{name}/{kind}": float(describe(tensor)) for kind, describe in of_many.items()}
-
-
-def _mean(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.mean()
-
-
-def _hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iterable[Any], int, bool]:
-    """The loader to tune on, its index among the Trainer's, and whether the Trainer has several."""
-    if settings.val_dataloaders is not None:
-        return settings.val_dataloaders, 0, False
-    loaders = validation_loaders(trainer)
-    if not loaders:
-        raise ConfigurationError(
-            "There is no validation data to tune hyperparameters on: the Trainer has none (or limit_val_batches=0). "
-            "Give the module a val_dataloader, or pass HyperGradient(val_dataloaders=...)."
-        )
-    _, _, suffix = settings.monitor.partition("/dataloader_idx_")
-    if len(loaders) > 1 and not (suffix.isdigit() and int(suffix) < len(loaders)):
-        raise ConfigurationError(
-            f"The Trainer has {len(loaders)} validation loaders and monitor={settings.monitor!r} does not say which: "
-            f"use monitor='{settings.monitor}/dataloader_idx_0', or pass HyperGradient(val_dataloaders=...)."
-        )
-    rank_zero_info(
-        f"HyperGradient tunes on the Trainer's validation data: {settings.monitor!r} is no longer held out. Pass "
-        "val_dataloaders= a split of its own (hypergrad.split makes one) to keep it so."
-    )
-    index = int(suffix) if suffix else 0
-    return loaders[index], index, len(loaders) > 1
-
-
-def _check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    owner: dict[torch.Tensor, int] = {}
-    for i, optimizer in enumerate(optimizers):
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if owner.setdefault(p, i) != i:
-                raise ConfigurationError(
-                    f"A parameter of shape {tuple(p.shape)} is stepped by optimizers {owner[p]} and {i}: its change "
-                    "has no single learning rate. Give each parameter to one optimizer."
-                )

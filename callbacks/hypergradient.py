@@ -30,7 +30,8 @@ from hypergrad import (
 )
 from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._plan import Auto, Wishes
-from hypergrad.callbacks._run import Run, Settings
+from hypergrad.callbacks._run import Run
+from hypergrad.callbacks._settings import Settings
 
 Name = str | OptimizerHyperparameter | Hyperparameter
 

@@ -5,7 +5,7 @@ decay are learned by gradient inside every trial. Kill it at any time and start 
 """
 
 import logging
-import warnings
+from collections import Counter
 from itertools import pairwise
 
 import lightning as L
@@ -67,15 +67,13 @@ def load():
 
 
 def train(trial):
-    warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|log_every_n_steps).*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     train, hyper, val, test = load()
-    size = trial.params["batch_size"]
     tuner = HyperGradient(val_dataloaders=DataLoader(hyper, 64))
-    stopping = EarlyStopping("val_loss", restore_best_weights=True)
+    stopping = EarlyStopping(restore_best_weights=True)
     trainer = trial.trainer(max_epochs=EPOCHS, callbacks=[tuner, stopping])
     module = Net(dict(trial.params))
-    trainer.fit(module, DataLoader(train, size, shuffle=True), DataLoader(val, len(val)), ckpt_path=trial.checkpoint)
+    loader = DataLoader(train, trial.params["batch_size"], shuffle=True)
+    trainer.fit(module, loader, DataLoader(val, len(val)), ckpt_path=trial.checkpoint)
     if trial.stopped is None:
         trial.record(learned_lr=tuner.hyperparameters["lr"])
         trainer.test(module, DataLoader(test, len(test)), verbose=False)  # recorded, and nobody chooses by it
@@ -84,14 +82,12 @@ def train(trial):
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("hypergrad.search").setLevel(logging.INFO)
     study = Study(
         FOLDER, space=SPACE, sampler="random", pruner=("asha", {"min_resource": 3, "reduction_factor": 3}), seed=0
     )
     print(study.space)
     study.run(train, TRIALS, workers=WORKERS, retries=1)
-    states = [trial.state for trial in study.trials]
-    print({state: states.count(state) for state in sorted(set(states))})
+    print(Counter(trial.state for trial in study.trials))
     best = study.best
     print(f"best: trial {best.number}, val_loss {best.value:.4f}, test_f1 {best.metrics['test_f1']:.4f}, {best.params}")
     print(f"Look at it:  tensorboard --logdir {FOLDER}")

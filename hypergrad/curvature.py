@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad.autodiff import passes_through, requiring_grad
+from hypergrad.chunks import pieces, pieces_of
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
-from hypergrad.pieces import pieces, pieces_of
 
 # Evaluates the training loss of one step at the parameters as they stand: the same batch, randomness and buffers at
 # every call, and no trace left.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from hypergrad.chunks import pieces, pieces_of
 from hypergrad.hyperparameter import ParamGroup
 from hypergrad.optimizer.packets import counters_of, gradient_of, stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, differentiate_step
-from hypergrad.pieces import pieces, pieces_of
 
 Part = torch.Tensor | None  # None stands for zero
 Parts = dict[str, Part]

@@ -43,7 +43,7 @@ NAMES: list[Any] = [
     "random",
     "qmc",
     "tpe",
-    "gp",
+    pytest.param("gp", marks=pytest.mark.slow),
     "cmaes",
     "genetic",
     ("refine", {"per_round": 4}),
@@ -87,7 +87,9 @@ def test_points_are_in_the_space_and_continue_after_reopening(tmp_path: Path, na
     assert other[0].params != whole[0].params
 
 
-@pytest.mark.parametrize("name", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "cmaes", "genetic", "refine"])
+@pytest.mark.parametrize(
+    "name", ["tpe", "refine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gp", "cmaes", "genetic"))]
+)
 def test_samplers_that_learn_end_nearer_to_the_optimum_than_chance(tmp_path: Path, name: str) -> None:
     space = {"x": Float(-2.0, 2.0), "y": Float(-2.0, 2.0)}
     options: dict[str, Any] = {"genetic": {"population_size": 10}}
@@ -243,6 +245,7 @@ def test_population_based_training(tmp_path: Path) -> None:
     assert [(r.params, r.state, r.value) for r in two] == [(r.params, r.state, r.value) for r in one]
 
 
+@pytest.mark.slow
 def test_population_based_training_beats_the_same_population_left_alone(tmp_path: Path) -> None:
     space = {"lr": Float(0.0, 1.0)}
     alone = Study(tmp_path / "alone", space=space, seed=2).run(_member, 4)
