@@ -45,12 +45,13 @@ def _of_higher(kind: str, name: str) -> float:
         for loss in train:
             unrolled.step(loss(functional))
         (found,) = torch.autograd.grad(val(functional), value, allow_unused=True, materialize_grads=True)
-    return float(found)
+    return found.item()
 
 
 def _ours(kind: str, name: str, estimator: Any) -> float:
     model, (*train, val) = _problem()
-    return float(hypergradient(model, OPTIMIZERS[kind](model.parameters()), train, val, [name], estimator).grads[name])
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    return hypergradient(model, optimizer, train, val, [name], estimator).grads[name].item()
 
 
 def _difference(kind: str, name: str) -> float:
