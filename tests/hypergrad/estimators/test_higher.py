@@ -81,6 +81,8 @@ def test_agrees_with_higher_where_it_is_right(kind: str, name: str, estimator: A
     assert _ours(kind, name, estimator) == pytest.approx(expected, rel=1e-8)
 
 
+# It reads beta2 as a number, of which torch warns.
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
 def test_higher_loses_the_second_moment_of_adam_and_we_do_not(double: None) -> None:
     difference = _difference("Adam", "betas[1]")
     assert _ours("Adam", "betas[1]", Unrolled()) == pytest.approx(difference, rel=1e-6)
