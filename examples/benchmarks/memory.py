@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ class Held(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self.count(tensor.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
 
         def freed(_: object) -> None:
@@ -40,9 +40,12 @@ class Held(TorchDispatchMode):
             self.peak = max(self.peak, self._now)
 
 
-def peak(call: Callable[[], object]) -> int:
-    """The most bytes of tensors that come into being in a call and live at the same time."""
+def peak(call: Callable[[], object], existing: Iterable[torch.Tensor] = ()) -> int:
+    """The most bytes of tensors that live at the same time: of a call's, and of those that were there before it."""
     gc.collect()
     with Held() as held:
+        for tensor in existing:
+            held.count(tensor.untyped_storage())
+        del existing
         call()
     return held.peak

@@ -161,7 +161,8 @@ def test_memory_does_not_grow_with_the_horizon(curvature: Curvature) -> None:
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     hypergradient(model, optimizer, [loss] * 60, loss, ["lr"], Forward(curvature=curvature))
-    assert max(megabytes[100:]) - max(megabytes[:40]) < 40.0  # one copy a step would be 120
+    third = len(megabytes) // 3
+    assert max(megabytes[-third:]) - max(megabytes[:third]) < 40.0  # one copy a step would be 80
 
 
 class _Once(torch.autograd.Function):

@@ -54,7 +54,7 @@ def test_equal_to_the_general_derivative(
     monkeypatch.setattr(closed_forms, "differentiate_step", counted)
     for name in names:
         # One parameter is larger than a piece, one has an element without any gradient, one rests in the first step.
-        params = [torch.randn(shape) for shape in ((200, 150), (3,), ())]
+        params = [torch.randn(shape) for shape in ((300, 500), (3,), ())]
         optimizer = kind([{"params": params[:2]}, {"params": params[2:], "lr": 0.05}], **settings)
         h, tangents, expected = OptimizerHyperparameter(name), StateVector(), StateVector()
         for step in range(4):
