@@ -4,7 +4,9 @@ The plain fit and the tuned ones run in one process and hand a baton on every fe
 stand still, so that a drift in the machine's speed meets all of them. Timed is the whole fit, its start, data loading,
 logging and validation loop included. The figure is the median over rounds. On a CPU torch works with one thread:
 two pools of threads on the same cores would wait for each other. The first task is the run of
-`examples/digits.py` with its logger and its validation loop; the others train and do nothing else.
+`examples/digits.py` with its logger and its validation loop; the others train and do nothing else. Measured are
+hypergradients alone, every so many steps, and all that `HyperGradient()` does by default: race, readout and what its
+budget leaves for hypergradients; fits of less than 400 steps are too short for that.
 Run: `make benchmark`, or `make gpu` on a machine with a CUDA device.
 """
 
@@ -32,12 +34,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hypergrad import Cautious, Descent
 from hypergrad.callbacks import HyperGradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import digits
 
-EVERY = (1, 5, 20)
+WHOLE = 0
+EVERY = (1, 5, 20, WHOLE)
 TURN = 30  # batches
 
 
@@ -164,15 +168,24 @@ def tasks(cuda: bool) -> list[Task]:
     ]
 
 
+def callbacks(own: Any, every_n_steps: int | None) -> list[L.Callback]:
+    """None for a plain fit; hypergradients alone, every so many steps; or, at 0, all that the default does."""
+    if every_n_steps is None:
+        return []
+    if every_n_steps == WHOLE:
+        return [HyperGradient(val_dataloaders=own)]
+    return [HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps, controller=Cautious(Descent()))]
+
+
 def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
-    """One fit; with the callback if `every_n_steps` is given."""
+    """One fit; see `callbacks`."""
     own = DataLoader(task.data, task.batch_size)
     trainer = L.Trainer(
         max_steps=task.steps,
         max_epochs=-1,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        callbacks=[HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps)] if every_n_steps else [],
+        callbacks=callbacks(own, every_n_steps),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -188,7 +201,7 @@ def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any) -> N
     trainer = L.Trainer(
         max_epochs=digits.EPOCHS,
         accelerator="cpu",
-        callbacks=[HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps)] if every_n_steps else [],
+        callbacks=callbacks(own, every_n_steps),
         logger=TensorBoardLogger(folder, default_hp_metric=False),
         log_every_n_steps=10,
         **digits.QUIET,
@@ -236,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="repeats after one warm-up (default 5)")
-    parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure")
+    parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure; 0: the default")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
     parser.add_argument("--steps", type=int, help="steps of each fit but the demo's (default: by task)")
     arguments = parser.parse_args()
@@ -246,7 +259,9 @@ def main() -> None:
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; median of {arguments.rounds} rounds (min-max)")
-    print(f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}':>20}" for n in arguments.every))
+    print(
+        f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}' if n else 'the default':>20}" for n in arguments.every)
+    )
 
     def measure(name: str, steps: int, run: Callable[[int | None, Any], None], data: Any) -> None:
         table = [race(run, data, arguments.every, cuda) for _ in range(arguments.rounds + 1)]
