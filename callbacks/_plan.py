@@ -68,6 +68,7 @@ def make_plan(
     every_n_steps: int | None,
     *,
     update_cost: float,
+    available: int | None,
     continues: bool,
 ) -> Plan:
     """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for.
@@ -76,6 +77,7 @@ def make_plan(
         learns_lr: whether lr is among the hyperparameters.
         every_n_steps: what the user said.
         update_cost: gradients that an update takes.
+        available: batches of hyper-validation data, where that is known.
         continues: whether a run with a plan goes on from a checkpoint.
     """
     total = trainer.estimated_stepping_batches
@@ -94,7 +96,7 @@ def make_plan(
         return Plan(None, None, None, None, None, every_n_steps or 5, 1, why)
     batches, every = 4, float(every_n_steps or _RARELY)
     if readout is not None:
-        readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD)
+        readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD, available)
     if every_n_steps is None:
         spent = float(_CHECKS)
         if race is not None:
@@ -106,12 +108,16 @@ def make_plan(
     return Plan(steps, race, shape, readout, rewind, every, batches, why)
 
 
-def _affordable(readout: Readout, forwards: float) -> tuple[Readout, int]:
-    """Checkpoints and batches for so many evaluations: fewer checkpoints before less than two batches each."""
+def _affordable(readout: Readout, forwards: float, available: int | None) -> tuple[Readout, int]:
+    """Checkpoints and batches for so many evaluations: fewer checkpoints before less than two batches each.
+
+    No batch is evaluated twice.
+    """
     if readout.batches is not None:
         return readout, readout.batches
     checkpoints = max(min(readout.checkpoints, int(forwards / 4)), 1)
-    return replace(readout, checkpoints=checkpoints), max(int(forwards / (2 * checkpoints)), 1)
+    batches = max(int(forwards / (2 * checkpoints)), 1)
+    return replace(readout, checkpoints=checkpoints), min(batches, available or batches)
 
 
 def _race(wishes: Wishes, why: str, steps: int | None, extra: float) -> tuple[Race | None, str]:

@@ -32,7 +32,7 @@ from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, describ
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import make_plan
 from hypergrad.callbacks._report import Facts, report
-from hypergrad.callbacks._settings import Settings, check_disjoint, hyper_validation_data, names_of
+from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, names_of
 from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import Score, ValidationLoss
 
@@ -56,6 +56,7 @@ class Run:
         self._trainer = trainer
         self._settings = settings
         learns_lr = "lr" in names_of(settings.of_optimizers)
+        loader, index, several = hyper_validation_data(trainer, settings)
         self._products = 0
         self._modules = settings.in_loss(module)
         # The validation gradient; where the loss has hyperparameters, also a training gradient and a product.
@@ -63,6 +64,7 @@ class Run:
         self.plan = make_plan(
             *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps),
             update_cost=update_cost,
+            available=batches_of(loader),
             continues=continues,
         )
         self._tuner = Tuner(self._controller())
@@ -79,7 +81,6 @@ class Run:
         self._names = names_of(settings.of_optimizers) + list(self._modules)
         self._training_loss: TrainingLoss | None = None
         self._warned: set[str] = set()
-        loader, index, several = hyper_validation_data(trainer, settings)
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
         self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)

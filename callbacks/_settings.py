@@ -86,6 +86,14 @@ def hyper_validation_data(trainer: pl.Trainer, settings: Settings) -> tuple[Iter
     return loaders[index], index, len(loaders) > 1
 
 
+def batches_of(loader: Iterable[Any]) -> int | None:
+    """How many batches there are, where that is known."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     owner: dict[torch.Tensor, int] = {}
     for i, optimizer in enumerate(optimizers):

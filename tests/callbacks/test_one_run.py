@@ -306,3 +306,15 @@ def test_a_training_step_that_cannot_be_run_again_has_no_race(caplog: pytest.Log
 def test_bad_pieces_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         HyperGradient(**kwargs)
+
+
+def test_a_small_hyper_validation_set_is_scored_once_and_the_rest_of_the_budget_goes_to_hypergradients() -> None:
+    found = {}
+    for size in (32, 96):  # two batches, or six
+        callback = HyperGradient(val_dataloaders=data(size, seed=2), budget=1.5)
+        fitted = trainer(None, callbacks=[callback], max_steps=500, max_epochs=-1, num_sanity_val_steps=0)
+        fitted.fit(Net(), data(), data(seed=1))
+        found[size] = (len(callback.history), callback.cost)
+    assert found[32][0] > found[96][0]
+    assert found[32][1] == pytest.approx(1.5, rel=0.02)
+    assert found[96][1] == pytest.approx(1.5, rel=0.02)
