@@ -66,7 +66,7 @@ def run(name, data, lr, weight_decay, callback=None):
     metrics = trainer.test(trainer.lightning_module, DataLoader(test, len(test)), verbose=False)[0]
     logger.log_hyperparams({"lr": lr, "weight_decay": weight_decay, "tuned": "yes" if callback else "no"}, metrics)
     logger.finalize("success")
-    spent = trainer.global_step + (callback.gradients if callback else 0)
+    spent = round(trainer.global_step * (callback.cost if callback else 1))
     return {"name": name, "val_loss": val_loss, "gradients": spent, "seconds": seconds, **metrics}
 
 
