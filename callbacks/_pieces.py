@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Tuner
+from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Readout, Tuner
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
@@ -42,7 +42,7 @@ class Pieces:
     ) -> None:
         self.race_result: dict[str, Any] | None = None
         self.best: Best | None = None
-        self._attachment, self._tuner, self._module = attachment, tuner, module
+        self._attachment, self._tuner = attachment, tuner
         self._score = score
         self._heat: Heat | None = None
         self._keeper: Keeper | None = None
@@ -50,9 +50,7 @@ class Pieces:
         self._training_loss: TrainingLoss | None = None
         self._evaluations = 0
         self._told = 0, 0  # rungs and checkpoints that `news` has given
-        steps = plan.steps
-        if steps is None:
-            return
+        self._steps = steps = plan.steps or 1
         if plan.shape is not None:
             shape = plan.shape
             attachment.shape = lambda step: shape.factor(step / steps)
@@ -94,10 +92,17 @@ class Pieces:
             scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
             rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
             self._end_race()
-        elif self._keeper is not None and stepped:
-            raw = self._keeper.after_step(self._attachment.steps)
+        elif stepped:
+            raw = self._at_checkpoint()
             if raw is not None and self._guard is not None and not self.saw(raw):
                 self._guard.keep(raw)
+
+    def _at_checkpoint(self) -> float | None:
+        """The score of the weights as they stand; None between checkpoints."""
+        step = self._attachment.steps
+        if self._keeper is not None:
+            return self._keeper.after_step(step)
+        return self._score() if self._guard is not None and Readout().is_due(step, self._steps) else None
 
     def saw(self, loss: float) -> bool:
         """Take in a value of the objective; True if the run has been rewound because of it."""

@@ -103,6 +103,8 @@ def make_plan(
             spent += race.cost(steps) + race.scores * batches * _FORWARD
         if readout is not None:
             spent += 2 * readout.checkpoints * batches * _FORWARD
+        elif rewind is not None:
+            spent += Readout().checkpoints * batches * _FORWARD
         left = extra * steps - spent
         every = max((steps - _length(race, steps)) / left * update_cost, 1.0) if left >= 1.0 else _RARELY
     return Plan(steps, race, shape, readout, rewind, every, batches, why)

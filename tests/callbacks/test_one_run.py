@@ -226,10 +226,11 @@ class Explodes(Net):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": mistake, "interval": "step"}}
 
 
-def test_a_run_that_blows_up_goes_back() -> None:
+@pytest.mark.parametrize("readout", [Readout(checkpoints=20), None], ids=["with readout", "alone"])
+def test_a_run_that_blows_up_goes_back(readout: Readout | None) -> None:
     module, plain = Explodes(), Explodes()
     fit(plain, None)
-    callback = tuner(every_n_steps=1, readout=Readout(checkpoints=20), rewind=Rewind())
+    callback = tuner(every_n_steps=1, readout=readout, rewind=Rewind())
     with pytest.warns(UserWarning, match="The weights are those of step"):
         fit(module, callback)
     start, end = callback.rewound[0]
