@@ -55,7 +55,7 @@ class Guard:
         rank_zero_warn(
             f"HyperGradient: the validation loss was {loss:.3g} at step {self._attachment.steps}, after "
             f"{self._first:.3g} at first. The weights are those of step {back} again, and lr is "
-            f"{self._rewind.shrink:g} times smaller."
+            f"{self._rewind.shrink**again:g} times smaller."
         )
         return True
 

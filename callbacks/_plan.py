@@ -128,7 +128,9 @@ def _race(wishes: Wishes, why: str, steps: int | None, extra: float) -> tuple[Ra
     if why or steps is None:
         return None, why
     if wishes.race != "auto":
-        return wishes.race, ""
+        # Without a first rung nobody would ever drop out.
+        short = "" if wishes.race.ends(steps) else f"the run has {steps} steps, too few for the rungs of {wishes.race}"
+        return (None, short) if short else (wishes.race, "")
     race = Race()
     # Longer rungs for a larger budget, shorter ones for a smaller.
     share = min(extra / _USUAL, 2.0)

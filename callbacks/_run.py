@@ -299,7 +299,7 @@ class Run:
 
     def _add_pieces(self, loader: Iterable[Any]) -> None:
         plan = self.plan
-        if self._settings.wishes.race == "auto" and plan.why_no_race:
+        if plan.why_no_race:
             rank_zero_info(f"HyperGradient: no race of learning rates ({plan.why_no_race}).")
         self._tuner.controller.begin(plan.updates)
         if plan.steps is None:

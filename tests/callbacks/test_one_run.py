@@ -319,3 +319,12 @@ def test_a_small_hyper_validation_set_is_scored_once_and_the_rest_of_the_budget_
     assert found[32][0] > found[96][0]
     assert found[32][1] == pytest.approx(1.5, rel=0.02)
     assert found[96][1] == pytest.approx(1.5, rel=0.02)
+
+
+def test_a_race_of_ones_own_that_is_too_long_for_the_run_is_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2), race=Race(rates=(1e-4, 1e-2)))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(Net(lr=1e-3), callback)
+    assert "no race of learning rates (the run has 120 steps, too few" in caplog.text
+    assert callback.race is None
+    assert callback.cost < 1.5  # an arm more at every step would double it
