@@ -5,10 +5,13 @@ Each function says which attribute it uses and why; `tests/callbacks/test_lightn
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
@@ -37,3 +40,26 @@ def validation_loaders(trainer: pl.Trainer) -> list[Iterable[Any]]:
     if isinstance(loaders, dict):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+@rank_zero_only
+def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
+    """What `logger.log_metrics` does; for TensorBoard in one event, where each scalar would otherwise be one.
+
+    An event costs the training 80 microseconds, most of them in TensorBoard's own thread under Python's lock.
+
+    Uses `TensorBoardLogger._prefix`, which a user may have given and cannot ask for.
+    """
+    if type(logger).log_metrics is TensorBoardLogger.log_metrics:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import SummaryWriter
+
+        tensorboard: Any = logger
+        experiment = tensorboard.experiment
+        writer: Any = experiment.file_writer if type(experiment) is SummaryWriter else None
+        if writer is not None:  # as it is after a close, until something is logged again
+            prefix = f"{tensorboard._prefix}{tensorboard.LOGGER_JOIN_CHAR}" if tensorboard._prefix else ""
+            values = [Summary.Value(tag=prefix + tag, simple_value=number) for tag, number in scalars.items()]
+            writer.add_summary(Summary(value=values), step)
+            return
+    logger.log_metrics(dict(scalars), step=step)

@@ -29,6 +29,7 @@ from hypergrad import (
     Unrolled,
 )
 from hypergrad.callbacks._history import Update
+from hypergrad.callbacks._lightning import log_scalars
 from hypergrad.callbacks._plan import Auto, Wishes
 from hypergrad.callbacks._run import Run
 from hypergrad.callbacks._settings import Settings
@@ -289,11 +290,11 @@ class HyperGradient(pl.Callback):
             return
         for step, scalars in self._run.news():
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=step)
+                log_scalars(logger, scalars, step)
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, update: Update) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(update.scalars(), step=update.step)
+            log_scalars(logger, update.scalars(), update.step)
         rates = [label for label in update.values if label.partition("/")[0] == "lr"]
         if rates and trainer.progress_bar_callback is not None:
             module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)

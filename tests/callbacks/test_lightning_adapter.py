@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hypergrad.callbacks._lightning import to_device, validation_loaders
+from hypergrad.callbacks._lightning import log_scalars, to_device, validation_loaders
 from tests.callbacks.modules import Net, data, trainer
 
 
@@ -46,3 +49,40 @@ def test_named_loaders(tmp_path: Path) -> None:
     looks, val = Looks(), {"a": data(seed=1), "b": data(seed=2)}
     trainer(tmp_path, callbacks=[looks], num_sanity_val_steps=0, max_epochs=1).fit(TwoLoaders(), data(), val)
     assert looks.loaders == list(val.values())
+
+
+class Shouts(TensorBoardLogger):
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics({name.upper(): value for name, value in metrics.items()}, step)
+
+
+def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, Shouts])
+@pytest.mark.parametrize("prefix", ["", "mine"])
+def test_scalars_arrive_in_tensorboard_as_by_log_metrics(
+    kind: type[TensorBoardLogger], prefix: str, tmp_path: Path
+) -> None:
+    numbers = {"a/value": 0.5, "b": -2.0}
+    ours, theirs = (kind(tmp_path / name, version="", prefix=prefix) for name in ("ours", "theirs"))
+    for step in (3, 7):
+        log_scalars(ours, numbers, step)
+        theirs.log_metrics(numbers, step)
+    for logger in (ours, theirs):
+        logger.finalize("success")
+    found = scalars_in(Path(ours.log_dir))
+    assert found == scalars_in(Path(theirs.log_dir))
+    assert len(found) == 2
+
+
+def test_scalars_arrive_after_the_writer_was_closed(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, version="")
+    logger.finalize("success")
+    log_scalars(logger, {"a": 1.0}, 1)
+    logger.experiment.close()
+    log_scalars(logger, {"a": 2.0}, 2)
+    logger.experiment.close()
+    assert scalars_in(Path(logger.log_dir)) == {"a": [(1, 1.0), (2, 2.0)]}
