@@ -12,7 +12,7 @@ from hypergrad import Best, Readout, live_tensors, write_tensors
 
 
 class Keeper:
-    """Averages after every step and judges at every checkpoint.
+    """Averages every few steps and judges at every checkpoint.
 
     Args:
         readout: when, and with what window.
@@ -25,6 +25,7 @@ class Keeper:
         self.best = Best()
         self.scores: list[tuple[int, float, float]] = []  # step, raw, averaged
         self._readout, self._steps, self._module, self._score = readout, steps, module, score
+        self._stride = readout.stride(steps)
         # Where the averaged tensors are: to walk through the module at every step would cost more than to average.
         self._places: dict[str, tuple[torch.nn.Module, str]] = {}
         self._average: dict[str, torch.Tensor] = {}
@@ -33,18 +34,12 @@ class Keeper:
 
     def after_step(self, step: int) -> float | None:
         """Take the state after so many steps into the average; at a checkpoint judge it and return its own score."""
-        if self._averaged == 0 or self._readout.is_due(step, self._steps):
+        due = self._readout.is_due(step, self._steps)
+        if self._averaged == 0 or due:
             self._places = _places(self._module)
-        now = [getattr(owner, leaf) for owner, leaf in self._places.values()]
-        self._averaged += 1
-        if self._averaged == 1 or self._average.keys() != self._places.keys():
-            copies = (t.detach().clone() for t in now)
-            self._average, self._averaged = dict(zip(self._places, copies, strict=True)), 1
-        else:
-            weight = self._readout.weight(self._averaged, self._steps)
-            update: Any = get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
-            update(list(self._average.values()), now, None)
-        if not self._readout.is_due(step, self._steps):
+        if self._averaged == 0 or step % self._stride == 0:
+            self._take_in()
+        if not due:
             return None
         self._judge(step)
         return self.scores[-1][1]
@@ -82,6 +77,17 @@ class Keeper:
             {name: t.to(devices[name]) for name, t in state[part].items() if name in devices}
             for part in ("average", "kept")
         )
+
+    def _take_in(self) -> None:
+        now = [getattr(owner, leaf) for owner, leaf in self._places.values()]
+        self._averaged += 1
+        if self._averaged == 1 or self._average.keys() != self._places.keys():
+            copies = (t.detach().clone() for t in now)
+            self._average, self._averaged = dict(zip(self._places, copies, strict=True)), 1
+        else:
+            weight = self._readout.weight(self._averaged, self._steps)
+            update: Any = get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
+            update(list(self._average.values()), now, None)
 
     def _judge(self, step: int) -> None:
         raw = self._score()

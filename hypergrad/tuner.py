@@ -85,6 +85,7 @@ class Tuner:
         self._signals: dict[str, SignalToNoise] = {}
         # By the first key of a param group: what its values were computed from, and (scheduled, value) of each.
         self._known: dict[str, tuple[tuple[float, ...], list[tuple[float, float]]]] = {}
+        self._moved: dict[str, tuple[float, float]] = {}  # by key: (scheduled, value), before decay is bounded
 
     def values(self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]) -> dict[str, float]:
         """The values that a step should use, by key, for one param group in which the scheduled values stand.
@@ -115,7 +116,7 @@ class Tuner:
     def place(self, key: str, offset: float) -> None:
         """Decide an offset: what a race has found, and not the controller."""
         self._offsets[key] = offset
-        self._known.clear()
+        self._forget()
 
     @property
     def offsets(self) -> dict[str, float]:
@@ -170,16 +171,25 @@ class Tuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the tuner that returned `state`."""
         self._offsets = dict(state["offsets"])
-        self._known.clear()
+        self._forget()
         self._signals = {key: SignalToNoise(**signal) for key, signal in state["signals"].items()}
         self.controller.load_state_dict(state["controller"])
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._moved.clear()
 
     def _value(self, key: str, hyperparameter: OptimizerHyperparameter, scheduled: float) -> float:
         offset = self._offsets.get(key, 0.0)
         if offset == 0.0:
             return scheduled
+        known = self._moved.get(key)
+        if known is not None and known[0] == scheduled:
+            return known[1]
         start = hyperparameter.start(scheduled)
-        return scheduled if start is None else _clamped(hyperparameter, start, start, offset)
+        value = scheduled if start is None else _clamped(hyperparameter, start, start, offset)
+        self._moved[key] = scheduled, value
+        return value
 
     def _move(self, measurement: Measurement, move: float) -> None:
         hyperparameter = measurement.hyperparameter
@@ -189,7 +199,7 @@ class Tuner:
         # From the value that was really used to the one that can be reached: no wind-up at a bound.
         current = hyperparameter.start(measurement.value) or start
         target = _clamped(hyperparameter, current, current, move)
-        self._known.clear()
+        self._forget()
         self._offsets[measurement.key] = coordinate.forward(target) - coordinate.forward(start)
 
     def _bound_decay(self, values: dict[str, float], keys: Mapping[str, str], group: ParamGroup) -> None:

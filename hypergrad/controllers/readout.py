@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from hypergrad.errors import ConfigurationError
 
+_SAMPLES = 32  # states that the average's window holds
+
 
 @dataclass(frozen=True)
 class Readout:
     """The best of evenly spaced checkpoints, each as it stands and averaged, by the validation loss.
 
-    The average is exponential with a window of a share of the run, and over the run so far while that is shorter:
-    Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging". It is kept for buffers of floating
-    point too, so that running statistics fit the weights.
+    The average is exponential, of every few steps, with a window of a share of the run, and over the run so far while
+    that is shorter: Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging". It is kept for
+    buffers of floating point too, so that running statistics fit the weights.
 
     Args:
         checkpoints: how many, at least 1; the last is the end of the run.
@@ -44,9 +46,17 @@ class Readout:
         """
         return step * self.checkpoints // steps > (step - 1) * self.checkpoints // steps
 
+    def stride(self, steps: int) -> int:
+        """Steps between two states of the average: some thirty in a window smooth as well as all of them.
+
+        >>> Readout(window=0.1).stride(400), Readout(window=0.1).stride(10_000)
+        (1, 31)
+        """
+        return max(int(self.window * steps / _SAMPLES), 1)
+
     def weight(self, averaged: int, steps: int) -> float:
-        """The weight of the newest of so many averaged states."""
-        return max(1.0 / averaged, min(1.0 / (self.window * steps), 1.0))
+        """The weight of the newest of so many averaged states, in a run of so many steps."""
+        return max(1.0 / averaged, min(self.stride(steps) / (self.window * steps), 1.0))
 
 
 @dataclass

@@ -73,6 +73,11 @@ class _Tangent:
     vector: torch.Tensor
     scale: float = 1.0
 
+    def against(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their inner product, and the norm of this one."""
+        product, norm = torch.dot(gradient, self.vector), torch.linalg.vector_norm(self.vector)
+        return (product, norm) if self.scale == 1.0 else (product * self.scale, norm * abs(self.scale))
+
 
 @dataclass
 class _GroupStep:
@@ -135,32 +140,26 @@ class _OnlineTracker(Tracker):
         groups, self._groups = self._groups, []  # flat vectors of the size of the model are not kept until the next
         device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
         zero = torch.zeros((), device=device)
-        names = [h.name for h in self._hyperparameters]
+        gradients_of = [_flat([gradients[p] for p in step.params]) if step.params else zero for step in groups]
+        gradient_norms = _stacked([torch.linalg.vector_norm(g) for g in gradients_of])
         scopes, self._scopes = self._scopes, {}
-        columns: list[torch.Tensor] = []  # one per group: the norm of its gradient, then a pair per hyperparameter
-        for step in groups:
-            gradient = _flat([gradients[p] for p in step.params]) if step.params else zero
-            columns.append(torch.linalg.vector_norm(gradient))
-            for name in names:
-                tangent = step.tangents.get(name)
-                if tangent is None:
-                    columns += (zero, zero)
-                else:
-                    columns.append(torch.dot(gradient, tangent.vector) * tangent.scale)
-                    columns.append(torch.linalg.vector_norm(tangent.vector) * abs(tangent.scale))
-        table = _stacked(columns).view(len(groups), -1).T
         result = Contraction({}, {}, {})
-        for name, values, norms in zip(names, table[1::2], table[2::2], strict=True):
+        for name in (h.name for h in self._hyperparameters):
+            pairs = [
+                step.tangents[name].against(gradient) if name in step.tangents else (zero, zero)
+                for step, gradient in zip(groups, gradients_of, strict=True)
+            ]
+            values, norms = (_stacked(column) for column in zip(*pairs, strict=True))
             weight = scopes[name]
             if weight is None:
                 result.hypergradients[name], result.tangent_norms[name] = values, norms
-                result.gradient_norms[name] = table[0]
+                result.gradient_norms[name] = gradient_norms
                 continue
             # Each parameter is in one group, so that squares of norms add up.
-            w = weight.to(table)
+            w = weight.to(values)
             result.hypergradients[name] = w @ values
             result.tangent_norms[name] = (w.square() @ norms.square()).sqrt()
-            result.gradient_norms[name] = ((w != 0).to(table) @ table[0].square()).sqrt()
+            result.gradient_norms[name] = ((w != 0).to(values) @ gradient_norms.to(values).square()).sqrt()
         return result
 
     def _closed_forms_of(self, group: ParamGroup) -> _GroupStep:

@@ -98,9 +98,17 @@ def test_checkpoints_are_evenly_spaced_and_end_with_the_run(checkpoints: int, st
 
 def test_the_average_is_plain_at_first_and_then_has_its_window() -> None:
     readout = Readout(window=0.1)
-    assert [readout.weight(n, 1000) for n in (1, 2, 100)] == [1.0, 0.5, 0.01]
-    assert readout.weight(500, 1000) == 0.01
+    assert [readout.weight(n, 300) for n in (1, 2, 30)] == [1.0, 0.5, 1 / 30]
+    assert readout.weight(500, 300) == 1 / 30
     assert readout.weight(5, 3) == 1.0  # a window of less than a step
+
+
+def test_a_window_is_as_long_however_many_steps_lie_between_its_states() -> None:
+    readout = Readout(window=0.1)
+    for steps in (100, 1000, 12_345):
+        stride = readout.stride(steps)
+        assert stride / readout.weight(10**6, steps) == pytest.approx(0.1 * steps)
+        assert 0.1 * steps / stride >= 10  # states in it
 
 
 @pytest.mark.parametrize("settings", [{"checkpoints": 0}, {"window": 0.0}, {"window": 1.5}, {"batches": 0}])
