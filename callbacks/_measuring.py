@@ -69,7 +69,8 @@ def _to_host(
 def labels_of(attachments: Sequence[Attachment], module: torch.nn.Module) -> dict[str, str]:
     """What a user calls each coordinate, by its key."""
     labels = {}
-    parameters: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
+    per_tensor = any(h.per == "tensor" for a in attachments for h in a.hyperparameters)
+    parameters: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()} if per_tensor else {}
     for i, attachment in enumerate(attachments):
         groups = attachment.optimizer.param_groups
         names = [str(group.get("name", f"group_{at}")) for at, group in enumerate(groups)]

@@ -30,7 +30,8 @@ def gradient(
     """
     _refuse_reentrant_checkpoints(loss)
     with without_gradient_hooks(params, module):
-        gradients = torch.autograd.grad(scale * loss, list(params), allow_unused=True, materialize_grads=True)
+        scaled = loss if scale == 1.0 else scale * loss
+        gradients = torch.autograd.grad(scaled, list(params), allow_unused=True, materialize_grads=True)
     return gradients if scale == 1.0 else tuple(g / scale for g in gradients)
 
 
