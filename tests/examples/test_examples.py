@@ -29,7 +29,7 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setitem(main.__globals__, "SPLITS", 1)
     main()
     lines = capsys.readouterr().out.splitlines()
-    losses = {line[:40].strip(): float(line[40:51]) for line in lines[2:8]}
+    losses = {line[:40].strip(): float(line[40:51]) for line in lines[1:7]}
     assert losses["tuned-from-lr-1e-05"] < 0.2 < 2.0 < losses["plain-lr-1e-05"]
     assert "tensorboard --logdir runs/digits" in lines[-1]
     events = EventAccumulator(str(tmp_path / "runs/digits/split-0/tuned-from-lr-1e-05"))
