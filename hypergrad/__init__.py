@@ -9,11 +9,12 @@ from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.cautious import Cautious
 from hypergrad.controllers.descent import Descent
 from hypergrad.controllers.frozen import Frozen
+from hypergrad.controllers.gated import Gated
 from hypergrad.controllers.hold import Hold
 from hypergrad.controllers.race import Race, best_arms
 from hypergrad.controllers.readout import Best, Readout
 from hypergrad.controllers.rewind import Rewind
-from hypergrad.controllers.shape import Cosine, Shape
+from hypergrad.controllers.shape import Cosine, Linear, Shape
 from hypergrad.curvature import Curvature, Exact, FiniteDifference
 from hypergrad.data import split
 from hypergrad.errors import (
@@ -59,6 +60,7 @@ __all__ = [
     "FiniteDifference",
     "Forward",
     "Frozen",
+    "Gated",
     "Hold",
     "HypergradError",
     "HypergradientResult",
@@ -66,6 +68,7 @@ __all__ = [
     "HyperparameterError",
     "Identity",
     "Implicit",
+    "Linear",
     "Log",
     "Logit",
     "Measurement",

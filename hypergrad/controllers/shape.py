@@ -41,3 +41,16 @@ class Cosine(Shape):
         """See `Shape.factor`."""
         half = 0.5 + 0.5 * math.cos(math.pi * min(max(progress, 0.0), 1.0))
         return self.floor + (1.0 - self.floor) * half
+
+
+@dataclass(frozen=True)
+class Linear(Shape):
+    """1 - progress, from 1 to 0: Defazio et al. 2023, "Optimal linear decay learning rate schedules", section 2.
+
+    >>> [Linear().factor(p) for p in (0.0, 0.25, 1.0)]
+    [1.0, 0.75, 0.0]
+    """
+
+    def factor(self, progress: float) -> float:
+        """See `Shape.factor`."""
+        return 1.0 - min(max(progress, 0.0), 1.0)

@@ -15,6 +15,7 @@ from hypergrad import (
     Cosine,
     Descent,
     Frozen,
+    Linear,
     Race,
     Reading,
     Readout,
@@ -85,6 +86,10 @@ def test_cosine_falls_from_one_to_its_floor() -> None:
     assert Cosine().factor(1.5) == pytest.approx(0.0)
     with pytest.raises(ConfigurationError, match="`floor`"):
         Cosine(-0.1)
+
+
+def test_linear_falls_from_one_to_zero() -> None:
+    assert [Linear().factor(p) for p in (-0.1, 0.0, 0.5, 1.0, 1.5)] == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("checkpoints", "steps"), [(20, 1000), (7, 100), (1, 50), (5, 5)])
