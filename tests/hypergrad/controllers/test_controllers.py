@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from hypergrad import Cautious, ConfigurationError, Controller, Descent, Hold, Reading
+from hypergrad import Cautious, ConfigurationError, Controller, Descent, Gated, Hold, Reading
 
 
 def _drive(descent: Descent, cosines: list[float]) -> list[float]:
@@ -120,3 +121,61 @@ def test_bad_memories_are_named(memory: float) -> None:
         Descent(memory=memory)
     with pytest.raises(ValueError, match="`scale_memory` must lie"):
         Descent(scale_memory=memory)
+
+
+def _gate(gated: Gated, strengths: Sequence[float | torch.Tensor]) -> list[Any]:
+    return [gated.moves([Reading("a", slope=s, cosine=None)])[0] for s in strengths]
+
+
+def test_the_gate_opens_for_signal_and_stays_shut_on_noise() -> None:
+    noise = random.Random(0)
+    readings = [noise.gauss(0.0, 1.0) for _ in range(2000)]
+    for threshold, most in ((0.3, 0.5), (1.0, 0.02)):
+        moved = _gate(Gated(Push(0.5), threshold=threshold), readings)[20:]
+        assert sum(m != 0.0 for m in moved) / len(moved) < most
+        assert all(_gate(Gated(Push(0.5), threshold=threshold), [r + 5.0 for r in readings])[20:])
+
+
+def test_a_gate_at_zero_is_always_open() -> None:
+    assert _gate(Gated(Push(0.5), threshold=0.0), [1.0, -1.0, 1.0, -1.0])[1:] == [0.5] * 3
+
+
+def test_the_gate_is_the_ratio_of_mean_and_deviation() -> None:
+    noise = random.Random(1)
+    readings = [noise.gauss(0.4, 1.0) for _ in range(10)]
+    mean = sum(readings) / 10
+    ratio = abs(mean) / math.sqrt(sum((r - mean) ** 2 for r in readings) / 10)
+    for threshold, move in ((ratio * 0.99, 0.5), (ratio * 1.01, 0.0)):
+        assert _gate(Gated(Push(0.5), threshold=threshold, memory=0.9), readings)[-1] == move
+
+
+def test_each_element_of_a_tensor_has_a_gate_and_each_coordinate_as_well() -> None:
+    class Each(Push):
+        def moves(self, readings: Sequence[Reading]) -> list[Any]:
+            return [r.slope * 0.0 + self.by for r in readings]
+
+    noise = random.Random(2)
+    rows = [[noise.gauss(0.2, 1.0), noise.gauss(3.0, 1.0)] for _ in range(30)]
+    together = _gate(Gated(Each(0.5), threshold=0.5), [torch.tensor(row, dtype=torch.float64) for row in rows])
+    apart = [_gate(Gated(Each(0.5), threshold=0.5), column) for column in zip(*rows, strict=True)]
+    assert [tuple(t.tolist()) for t in together[1:]] == list(zip(*apart, strict=True))[1:]
+    assert 0.0 < sum(m != 0.0 for m in apart[0]) < 29 < sum(m != 0.0 for m in apart[1]) + 1
+
+
+def test_gated_continues_from_its_state() -> None:
+    readings = [math.sin(3 * i) + 0.4 for i in range(30)]
+    whole, first, second = Gated(Descent()), Gated(Descent()), Gated(Descent())
+    start = _gate(first, readings[:13])
+    second.load_state_dict(first.state_dict())
+    _gate(first, readings)
+    assert start + _gate(second, readings[13:]) == _gate(whole, readings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"threshold": -0.1}, {"threshold": math.nan}, {"memory": 1.0}, {"least": 1}, {"least": 2.5}]
+)
+def test_bad_settings_of_a_gate_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        Gated(Push(0.1), **settings)
+    with pytest.raises(ConfigurationError, match="controller"):
+        Gated(0.1)  # type: ignore[arg-type]
