@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from hypergrad.search.board import Board
 from hypergrad.search.errors import ObjectiveError, StorageError
 from hypergrad.search.execution.base import Ended, Executor, Reported
 from hypergrad.search.messages import Job, Result, Verdict
+from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Sampler
@@ -37,6 +38,7 @@ class Limits:
     timeout: float | None
     retries: int
     trial_timeout: float | None
+    alike_failures: int | None = None
 
 
 class Driver:
@@ -47,10 +49,19 @@ class Driver:
     """
 
     def __init__(
-        self, storage: Storage, sampler: Sampler, pruning: Pruning, executor: Executor, board: Board, limits: Limits
+        self,
+        storage: Storage,
+        sampler: Sampler,
+        pruning: Pruning,
+        executor: Executor,
+        board: Board,
+        limits: Limits,
+        progress: Progress,
     ) -> None:
         self._storage, self._sampler, self._pruning = storage, sampler, pruning
         self._executor, self._board, self._limits = executor, board, limits
+        self._progress, self._pace = progress, _pace(storage, limits.trials)
+        self._alike: tuple[str, int] | None = ("", 0)  # what all trials of this run have failed of, and how many
         self._deadlines: dict[int, float] = {}  # by running trial
         self._stopped: dict[int, str] = {}  # what a running trial was told
         self._killed: dict[int, str] = {}  # why we killed it
@@ -67,7 +78,7 @@ class Driver:
         """
         self._adopt_orphans()
         until = time.monotonic() + self._limits.timeout if self._limits.timeout is not None else None
-        with _ctrl_c(self._interrupt):
+        with _ctrl_c(self._interrupt), self._progress:
             try:
                 while True:
                     if until is not None and time.monotonic() > until and self._stopping is None:
@@ -78,11 +89,14 @@ class Driver:
                     for event in self._executor.poll(0.2):
                         self._handle(event)
                     self._enforce()
+                    if self._progress.is_due:
+                        self._progress.show(self._pace.standing(len(self._deadlines)))
             finally:
                 self._executor.close()
                 with suppress(StorageError):  # a full disk: the next driver finds them running, and takes them on
                     for number in self._deadlines:
                         self._leave_waiting(number, "the study was stopped")
+            self._progress.show(self._pace.standing(0))
         if self._invalid is not None:
             raise ObjectiveError(self._invalid)
         return self._stopping
@@ -222,7 +236,25 @@ class Driver:
         record = self._storage.finish(number, result.state, result.values, result.reason, result.metrics)
         self._pruning.finished(record)
         self._board.finished(record, result.logged)
+        self._pace.finished(record.state, record.value)
         log.info("%s", _line(record))
+        self._look_for_a_pattern(record)
+
+    def _look_for_a_pattern(self, record: TrialRecord) -> None:
+        """Stop when the first trials of a run all fail of the same: so would the others."""
+        if record.state != "failed" or self._alike is None:
+            self._alike = None
+            return
+        reason, count = record.reason or "unknown", self._alike[1] + 1
+        if count > 1 and reason != self._alike[0]:
+            self._alike = None
+            return
+        self._alike = reason, count
+        if self._limits.alike_failures is not None and count >= self._limits.alike_failures and not self._stopping:
+            self._invalid = self._stopping = (
+                f"The first {count} trials of this run have all failed of the same: {reason}. What they printed is in "
+                f"{record.folder / 'log.txt'}. Mend it and resume, or give run() a larger `alike_failures`"
+            )
 
     def _leave_waiting(self, number: int, reason: str | None, *, known_end: bool = True, counts: bool = False) -> None:
         self._storage.end_attempt(number, reason, known_end=known_end, excused=not counts)
@@ -243,6 +275,14 @@ class Driver:
             raise KeyboardInterrupt
         self._stopping = "Ctrl-C"
         log.warning("Ctrl-C: running trials stop when they next report; once more to kill them. Both can be resumed.")
+
+
+def _pace(storage: Storage, total: int | None) -> Pace:
+    records, single = storage.records(), len(storage.spec.directions) == 1
+    sign = 1.0 if storage.spec.directions[0] == "minimize" else -1.0
+    values = [r.value for r in records if single and r.state == "complete" and isinstance(r.value, float)]
+    counts = Counter[str](r.state for r in records if r.finished)
+    return Pace(counts, total, min(values, key=lambda v: sign * v, default=None), sign)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from hypergrad.search.execution.catalog import executor_of
 from hypergrad.search.lock import Lock
 from hypergrad.search.parameter import Parameter, Scalar
 from hypergrad.search.pickling import pickled
+from hypergrad.search.progress import progress_of
 from hypergrad.search.pruners import Pruning, pruner_of
 from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Sampler
@@ -129,7 +130,9 @@ class Study:
         timeout: float | None = None,
         retries: int = 0,
         trial_timeout: float | None = None,
+        alike_failures: int | None = 5,
         execution: Executor | Literal["local", "ray"] = "local",
+        progress: bool | None = None,
     ) -> list[TrialRecord]:
         """Run trials until the study has `trials` of them, those of earlier runs included; all of its records.
 
@@ -146,14 +149,21 @@ class Study:
             timeout: seconds for the whole run.
             retries: how often a trial that fails is continued from its last checkpoint with the same parameters.
             trial_timeout: seconds after which an attempt is killed and counts as failed.
+            alike_failures: stop when the first so many trials of this run, retries used up, have all failed of the same
+                reason, for then the rest would too; None never does.
             execution: `"local"`, `"ray"`, or `Local(...)`, `Ray(...)` with options of their own.
+            progress: whether to show how far the study is: on a terminal one line that updates itself, elsewhere a line
+                every ten seconds. None: on a terminal only.
 
         Raises:
             ConfigurationError: for limits that are out of range, or none at all.
-            ObjectiveError: if `train` cannot be sent to a worker, or returns no number; the trial is left waiting.
+            ObjectiveError: if `train` cannot be sent to a worker, or returns no number; the trial is left waiting. If
+                the first trials all fail of the same.
             StorageError: if another process is running the study, or the disk is full.
         """
-        limits = _checked_limits(trials, timeout, retries, trial_timeout, self._storage, self._sampler.item)
+        limits = _checked_limits(
+            trials, timeout, retries, trial_timeout, alike_failures, self._storage, self._sampler.item
+        )
         payload = pickled(train)
         executor = executor_of(execution, workers)
         with Lock(self.folder):
@@ -162,7 +172,8 @@ class Study:
             board.open(self._storage.records())
             executor.open(payload)
             pruning = Pruning(self._pruner, self._storage)
-            driver = Driver(self._storage, self._sampler.item, pruning, executor, board, limits)
+            parts = self._storage, self._sampler.item, pruning, executor, board, limits, progress_of(progress)
+            driver = Driver(*parts)
             stopped = driver.run()
         if stopped is not None:
             log.warning("The study stopped early: %s. Study(%r).resume(train) goes on.", stopped, str(self.folder))
@@ -225,6 +236,26 @@ class Study:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def report(self, path: str | Path | None = None, *, png: str | Path | None = None) -> Path:
+        """Draw the study: values by trial, learning curves, what was learned inside, importance, and a table.
+
+        Args:
+            path: of one HTML file that needs no network; by default `report.html` in the study's folder.
+            png: a folder for the same pictures as PNGs.
+
+        Returns:
+            the path of the file.
+
+        Raises:
+            ModuleNotFoundError: without `pip install 'hypergrad-lightning[report]'`.
+        """
+        from hypergrad.search.analysis.material import Material
+        from hypergrad.search.analysis.report import write_report
+
+        material = Material(self.spec, self.trials, self._storage.study)
+        target = Path(path) if path is not None else self.folder / "report.html"
+        return write_report(self.folder, material, target, Path(png) if png is not None else None)
+
     def _front_or_raise(self) -> list[TrialRecord]:
         front = self.front
         if not front:
@@ -279,10 +310,11 @@ def _checked_limits(
     timeout: float | None,
     retries: int,
     trial_timeout: float | None,
+    alike_failures: int | None,
     storage: Storage,
     sampler: Sampler,
 ) -> Limits:
-    for name, count, least in (("trials", trials, 1), ("retries", retries, 0)):
+    for name, count, least in (("trials", trials, 1), ("retries", retries, 0), ("alike_failures", alike_failures, 1)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {count!r}.")
     for name, seconds in (("timeout", timeout), ("trial_timeout", trial_timeout)):
@@ -293,4 +325,4 @@ def _checked_limits(
     trials = trials if trials is not None else storage.target
     if trials is None and timeout is None and not sampler.ends:
         raise ConfigurationError("Say when the study ends: `trials=`, `timeout=`, or both.")
-    return Limits(trials, timeout, retries, trial_timeout)
+    return Limits(trials, timeout, retries, trial_timeout, alike_failures)

@@ -1,0 +1,1 @@
+"""The command `hypergrad`: search, resume, list, report."""

@@ -1,0 +1,1 @@
+"""Pictures of a study: one self-contained HTML file, and PNGs."""

@@ -1,0 +1,176 @@
+"""Puts everything that can be drawn of a study into one HTML file that needs no network, and into PNGs."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hypergrad.search.analysis.chart import Chart, NothingToDrawError
+from hypergrad.search.analysis.charts import curves, history, learned
+from hypergrad.search.analysis.material import Material
+from hypergrad.search.analysis.optunas import Drawing, drawings
+from hypergrad.search.analysis.parallel import Parallel
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin: 2em 0 .3em }
+pre { background: #f6f6f6; padding: .8em } .why { color: #777 }
+table { border-collapse: collapse; font-size: 13px }
+td, th { padding: .25em .7em; text-align: left; vertical-align: top }
+tr:nth-child(even) { background: #f6f6f6 }
+.failed { color: #b00020 } .pruned { color: #8a6d00 } .best { font-weight: bold }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and a figure, or a word on why there is none."""
+
+    title: str
+    figure: Callable[[], Any]
+    save: Callable[[Path], None]
+
+
+def write_report(folder: Path, material: Material, path: Path, png: Path | None = None) -> Path:
+    """Write the report.
+
+    Args:
+        folder: of the study, for the heading.
+        path: of the HTML file.
+        png: a folder for pictures of the sections that have one.
+
+    Raises:
+        ModuleNotFoundError: without the packages that draw; says how to get them.
+    """
+    _check_installed(png is not None)
+    sections = list(_sections(material))
+    body = [_heading(folder, material), *_figures(sections), _trials(material)]
+    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>'
+    page += f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for section in sections:
+            try:
+                section.save(png / f"{_file_name(section.title)}.png")
+            except NothingToDrawError:
+                continue
+    return path
+
+
+def _check_installed(pictures: bool) -> None:
+    needed = ["plotly", *(["matplotlib"] if pictures else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"A report needs {' and '.join(missing)}: pip install 'hypergrad-lightning[report]'.", name=missing[0]
+        )
+
+
+def _sections(material: Material) -> Iterator[Section]:
+    for objective, name in enumerate(material.spec.monitors):
+        yield _of_chart(f"History of {name}", partial(history, material, objective))
+    yield _of_chart("Learning curves", partial(curves, material))
+    try:
+        for chart in learned(material):
+            yield _of_chart(chart.title, lambda chart=chart: chart)  # type: ignore[misc]
+    except NothingToDrawError as error:
+        yield _nothing("Learned hyperparameters", str(error))
+    for objective, name in enumerate(material.spec.monitors):
+        parallel = partial(Parallel, material, objective)
+        yield Section(f"Parallel coordinates of {name}", *_lazily(parallel))
+    for drawing in drawings(material):
+        yield _of_drawing(drawing, material)
+
+
+def _of_chart(title: str, make: Callable[[], Chart]) -> Section:
+    return Section(title, *_lazily(make))
+
+
+def _lazily(make: Callable[[], Chart | Parallel]) -> tuple[Callable[[], Any], Callable[[Path], None]]:
+    return lambda: make().figure(), lambda path: make().save(path)
+
+
+def _of_drawing(drawing: Drawing, material: Material) -> Section:
+    return Section(drawing.title, partial(drawing.figure, material), partial(drawing.save, material))
+
+
+def _nothing(title: str, why: str) -> Section:
+    def raises(*_: Any) -> Any:
+        raise NothingToDrawError(why)
+
+    return Section(title, raises, raises)
+
+
+def _figures(sections: list[Section]) -> Iterator[str]:
+    from plotly.io import to_html
+
+    library: bool = True  # goes into the file once
+    for section in sections:
+        yield f"<h2>{html.escape(section.title)}</h2>"
+        try:
+            figure = section.figure()
+        except NothingToDrawError as error:
+            yield f'<p class="why">{html.escape(str(error))}</p>'
+            continue
+        yield to_html(figure, include_plotlyjs=library, full_html=False)
+        library = False
+
+
+def _heading(folder: Path, material: Material) -> str:
+    states = Counter(record.state for record in material.records)
+    counted = ", ".join(f"{count} {state}" for state, count in states.items()) or "no trials yet"
+    goals = ", ".join(f"{d} {m}" for d, m in zip(material.spec.directions, material.spec.monitors, strict=True))
+    settings = f"{goals}; sampler {material.spec.sampler}, pruner {material.spec.pruner}, seed {material.spec.seed}"
+    best = material.ranked()[:1]
+    said = "".join(
+        f'<p class="best">Best: trial {r.number}, {html.escape(_number(r.value))}, '
+        f"{html.escape(', '.join(f'{k} = {_number(v)}' for k, v in r.params.items()))}</p>"
+        for r in best
+        if len(material.spec.monitors) == 1
+    )
+    return (
+        f"<h1>{html.escape(str(folder))}</h1><p>{counted}. {html.escape(settings)}.</p>{said}"
+        f"<pre>{html.escape(str(material.spec.space))}</pre>"
+    )
+
+
+def _trials(material: Material) -> str:
+    names = list(material.spec.space)
+    heads = ("trial", "state", *material.spec.monitors, "seconds", "attempts", *names, "reason")
+    rows = ["".join(f"<th>{html.escape(head)}</th>" for head in heads)]
+    best = {record.number for record in material.ranked()[:1]}
+    for record in material.records:
+        values = record.value if isinstance(record.value, tuple) else (record.value,)
+        missing = [None] * (len(material.spec.monitors) - len(values))
+        cells: list[object] = [
+            record.number,
+            record.state,
+            *values,
+            *missing,
+            round(record.duration, 1),
+            record.attempts,
+        ]
+        cells += [*(record.params.get(name, "") for name in names), record.reason or ""]
+        kind = "best" if record.number in best else record.state
+        rows.append("".join(f'<td class="{kind}">{html.escape(_number(cell))}</td>' for cell in cells))
+    return f"<h2>Trials</h2><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _number(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

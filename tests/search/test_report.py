@@ -1,0 +1,157 @@
+"""Reports of studies of every kind: complete, empty, odd."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from hypergrad.search import Categorical, Float, Int, Study, Trial
+
+SPACE = {
+    "lr": Float(1e-4, 1.0, log=True),
+    "width": Int(1, 9),
+    "kind": Categorical(["a", "b"]),
+    "momentum": Float(0.0, 1.0, when={"kind": "a"}),
+    "epochs": 3,
+}
+
+
+def bowl(trial: Trial) -> float:
+    """A smooth objective with a curve, what was learned, a pruned and a failed trial."""
+    if trial.number == 3:
+        raise RuntimeError("an <odd> & bad day")
+    writer = SummaryWriter(str(trial.folder))
+    value = math.log10(trial.params["lr"] / 0.01) ** 2 + trial.params["width"] / 10 + trial.params.get("momentum", 0.3)
+    for step in range(1, 4):
+        writer.add_scalar("hypergradient/lr/value", 0.1 / step, step)
+        if not trial.report(value + 1 / step, step):
+            break
+    writer.close()
+    return float(value)
+
+
+def sections(page: str) -> dict[str, str]:
+    parts = re.split(r"<h2>(.*?)</h2>", page)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    made = Study(tmp_path_factory.mktemp("report") / "study", space=SPACE, pruner="median", seed=1)
+    made.run(bowl, 14)
+    return made
+
+
+def test_everything_is_drawn_in_one_file(study: Study, tmp_path: Path) -> None:
+    assert {r.state for r in study.trials} == {"complete", "pruned", "failed"}
+    path = study.report(tmp_path / "out" / "report.html", png=tmp_path / "png")
+    page = path.read_text()
+    found = sections(page)
+    assert list(found) == [
+        "History of val_loss",
+        "Learning curves",
+        "lr, learned inside the best 10 trials"
+        if len(study.front) > 10
+        else next(t for t in found if t.startswith("lr, ")),
+        "Parallel coordinates of val_loss",
+        "Importance for val_loss",
+        "Slices",
+        "Contours",
+        "Trials",
+    ]
+    for title, body in found.items():
+        assert ("Plotly.newPlot" in body) == (title != "Trials"), title
+        assert 'class="why"' not in body, title
+    assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page)  # needs no network
+    assert "an &lt;odd&gt; &amp; bad day" in found["Trials"]
+    assert found["Trials"].count("<tr>") == 15
+    pictures = sorted(p.stem for p in (tmp_path / "png").glob("*.png"))
+    assert len(pictures) == 7
+    assert all(p.stat().st_size > 5000 for p in (tmp_path / "png").glob("*.png"))
+
+
+def test_by_default_it_lies_in_the_folder_and_replaces_the_last(study: Study) -> None:
+    first = study.report()
+    assert first == study.folder / "report.html"
+    assert study.report() == first
+    assert not list(study.folder.glob("*.tmp"))
+
+
+def _titles_without_a_figure(page: str) -> set[str]:
+    return {title for title, body in sections(page).items() if 'class="why"' in body}
+
+
+def test_a_study_without_trials_says_so(tmp_path: Path) -> None:
+    page = Study(tmp_path / "study", space=SPACE).report(png=tmp_path / "png").read_text()
+    assert "no trials yet" in page
+    assert len(_titles_without_a_figure(page)) == 7
+    assert not list((tmp_path / "png").glob("*.png"))
+
+
+def _constant(trial: Trial) -> float:
+    return 1.0
+
+
+def _one(trial: Trial) -> float:
+    return float(trial.params["x"])
+
+
+@pytest.mark.parametrize(
+    ("space", "train", "trials"),
+    [
+        ({"x": Float(-1.0, 1.0)}, _one, 1),
+        ({"x": Float(-1.0, 1.0), "y": Float(0.0, 1.0)}, _constant, 6),
+        ({"x": 2.0}, _one, 5),
+        ({"x": Categorical([1, 2, 3])}, _one, 6),
+        ({"k": Categorical(["a", "b"]), "x": Float(0.0, 1.0, when={"k": "a"})}, _constant, 8),
+    ],
+    ids=["one trial", "all alike", "constants", "categories", "conditional"],
+)
+def test_what_cannot_be_drawn_says_why(space: Any, train: Any, trials: int, tmp_path: Path) -> None:
+    study = Study(tmp_path / "study", space=space)
+    study.run(train, trials)
+    page = study.report(png=tmp_path / "png").read_text()
+    for title in _titles_without_a_figure(page):
+        why = re.search(r'class="why">(.*?)</p>', sections(page)[title])
+        assert why is not None
+        assert len(why.group(1)) > 15
+        assert why.group(1).endswith(".")
+    assert "History of val_loss" not in _titles_without_a_figure(page)
+
+
+def test_several_objectives_have_a_front_and_a_section_each(tmp_path: Path) -> None:
+    def both(trial: Trial) -> tuple[float, float]:
+        return trial.params["x"] ** 2, (trial.params["x"] - 1.0) ** 2 + trial.params["y"]
+
+    space = {"x": Float(-1.0, 2.0), "y": Float(0.0, 1.0)}
+    study = Study(tmp_path / "study", space=space, monitor=["a", "b"], direction=["minimize", "minimize"])
+    study.run(both, 8)
+    page = study.report(png=tmp_path / "png").read_text()
+    assert {"History of a", "History of b", "Pareto front", "Importance for a", "Importance for b"} <= set(
+        sections(page)
+    )
+    assert _titles_without_a_figure(page) == {"Learning curves", "Learned hyperparameters"}
+
+
+def test_folders_that_are_gone_cost_what_was_in_them(study: Study, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(study.folder, copy)
+    for folder in copy.glob("trial-*"):
+        shutil.rmtree(folder)
+    page = Study(copy).report().read_text()
+    assert _titles_without_a_figure(page) == {"Learned hyperparameters"}
+
+
+def test_missing_packages_are_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
+    with pytest.raises(ModuleNotFoundError, match=r"plotly.*hypergrad-lightning\[report\]"):
+        study.report()
