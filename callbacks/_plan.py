@@ -9,7 +9,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from hypergrad import Linear, Race, Readout, Rewind, Shape
+from hypergrad import Cosine, Race, Readout, Rewind, Shape
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
 _ON_READOUT = 0.24
@@ -89,7 +89,7 @@ def make_plan(
     race, why = _race(wishes, obstacle, steps, extra)
     usual = race is not None
     own_schedule = bool(trainer.lr_scheduler_configs)
-    shape = (Linear() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
+    shape = (Cosine() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
     readout = (Readout() if usual else None) if wishes.readout == "auto" else wishes.readout
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
     if steps is None or not (race or shape or readout or rewind):

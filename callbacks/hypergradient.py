@@ -45,10 +45,9 @@ class HyperGradient(pl.Callback):
     gradient says which way each hyperparameter of the last step should have gone.
 
     By default, where the run is long enough (about 400 steps) and has one optimizer, the learning rate is found by a
-    short race from the initial weights and falls linearly to 0, unless the user has a scheduler; weight decay and
-    whatever else is learned follow hypergradients; a run that blows up is rewound; and the module ends with the best
-    weights that were seen, raw or averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else
-    happens.
+    short race from the initial weights and follows a cosine, unless the user has a scheduler; weight decay and whatever
+    else is learned follow hypergradients; a run that blows up is rewound; and the module ends with the best weights
+    that were seen, raw or averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
 
     What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
     values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves; one that is 0 in
