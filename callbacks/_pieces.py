@@ -82,6 +82,11 @@ class Pieces:
         if self._training_loss is not None:
             self._training_loss.gradients_cleared()
 
+    def went_back(self) -> None:
+        """The loss of a batch has been differentiated."""
+        if self._training_loss is not None:
+            self._training_loss.went_back()
+
     def batch_ended(self, stepped: bool) -> None:
         """A training batch has been trained on; `stepped` if the optimizer has made a step."""
         if self._heat is not None:

@@ -195,6 +195,13 @@ class Run:
         if self._pieces is not None:
             self._pieces.gradients_cleared()
 
+    def went_back(self) -> None:
+        """The loss of a batch has been differentiated."""
+        if self._training_loss is not None:
+            self._training_loss.went_back()
+        if self._pieces is not None:
+            self._pieces.went_back()
+
     def batch_ended(self) -> None:
         """A training batch has been trained on."""
         self._training_watch.stop()

@@ -48,6 +48,7 @@ class TrainingLoss:
         self._trainer = trainer
         self._module = module
         self._calls: list[_Call] = []
+        self._went_back: list[bool] = []  # of each call, whether its loss has been differentiated
         self._checked = False
         self._step: Callable[..., Any] = module.training_step
         self._own = module.__dict__.get("training_step")  # of the instance, which is rare
@@ -66,6 +67,7 @@ class TrainingLoss:
         else:
             self._module.__dict__.pop("training_step", None)
         self._calls.clear()
+        self._went_back.clear()
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `training_step`, and remember the call if it is one of training that found a loss."""
@@ -77,22 +79,30 @@ class TrainingLoss:
         loss = _loss_of(output)
         if loss is not None:
             self._calls.append(_Call(args, kwargs, rng, buffers, progress, loss.detach()))
+            self._went_back.append(False)
         return output
 
     def gradients_cleared(self) -> None:
         """The gradients are set to zero: of what was called before, only the loss that is about to be used counts."""
-        del self._calls[:-1]
+        del self._calls[:-1], self._went_back[:-1]
+
+    def went_back(self) -> None:
+        """The loss of the last call has been differentiated: its gradients are in the coming step."""
+        if self._went_back:
+            self._went_back[-1] = True
 
     def of_this_step(self) -> StepLoss | None:
         """The loss whose gradient the coming optimizer step takes: of all batches since the last step, accumulated.
 
-        None where `training_step` gave none.
+        None where `training_step` gave none, or none that was differentiated: `StochasticWeightAveraging` ends with
+        an epoch of forward passes.
 
         Raises:
             NotDifferentiableError: the first time, if another evaluation gives another loss.
             ConfigurationError: the first time, if the gradients of the step are not those of that loss.
         """
-        calls, self._calls = self._calls, []
+        calls = [call for call, used in zip(self._calls, self._went_back, strict=True) if used]
+        self._calls, self._went_back = [], []
         if not calls:
             return None
         # The number of accumulated batches may follow a schedule of its own.

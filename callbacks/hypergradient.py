@@ -232,6 +232,11 @@ class HyperGradient(pl.Callback):
         if self._run is not None:
             self._run.gradients_cleared()
 
+    def on_after_backward(self, *_: Any) -> None:
+        """The loss of the batch belongs to the coming step."""
+        if self._run is not None:
+            self._run.went_back()
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take the hypergradient of a step that was tracked in this batch."""
         if self._run is None:
