@@ -24,6 +24,7 @@ _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type
 _TIMES = {torch.Tensor.mul: False, torch.mul: False, torch.Tensor.mul_: True}
 _OVER = {torch.Tensor.div: False, torch.div: False, torch.Tensor.div_: True}
 _SQRT = {torch.Tensor.sqrt, torch.sqrt, torch.Tensor.sqrt_}
+_SIGN = {torch.Tensor.sgn: False, torch.sgn: False, torch.Tensor.sgn_: True}
 _SET_GRAD_ENABLED = grad_mode_switch()
 _TO_NUMBER = {torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.numpy}
 
@@ -124,6 +125,11 @@ class DifferentiableMode(TorchFunctionMode):
             )
         if func in _SQRT and carries(args[0]):
             return _sqrt(func, args[0])
+        if func in _SIGN and args[0].requires_grad and not args[0].is_complex():
+            # Piecewise constant. torch's own derivative is a tensor without memory, and the kernels that meet it while
+            # saved tensors may be written to end the process (seen with torch 2.13).
+            sign = args[0].detach().sgn()
+            return args[0].copy_(sign) if _SIGN[func] else sign
         if (func in _TIMES or func in _OVER) and len(args) == 2 and type(args[1]) in (int, float) and not kwargs:
             direction = tangent(args[0])
             if direction is not None:

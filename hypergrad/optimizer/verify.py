@@ -207,13 +207,15 @@ class _Problem:
                     f"Several steps of {self._name} cannot be differentiated with respect to {hyperparameter.name!r}: "
                     f"{type(error).__name__}: {error}. Use Online(), which differentiates one."
                 ) from error
-        ends = []
+        ends, groups = [], []
         for sign in (1.0, -1.0):
             moved = self._warmed_up()
             hyperparameter.write(moved.param_groups[0], value + sign * step)
             for _ in self._run(moved):
                 pass
+            groups.append(moved.param_groups[0])
             ends.append(torch.cat([p.reshape(-1) for p in moved.param_groups[0]["params"]]))
+        self._check_no_memory_in_groups(hyperparameter, *groups)
         expected = (ends[0] - ends[1]) / (2 * step)
         params = twin.param_groups[0]["params"]
         actual = torch.cat([tangents.params.get(p, torch.zeros_like(p)).reshape(-1) for p in params])
@@ -225,6 +227,17 @@ class _Problem:
                 f"{hyperparameter.name!r}: the derivative is off by {float(off):.2g} where its size is "
                 f"{float(expected.norm()):.2g}. Use Online(), which differentiates one step, or another optimizer."
             )
+
+    def _check_no_memory_in_groups(self, hyperparameter: OptimizerHyperparameter, a: ParamGroup, b: ParamGroup) -> None:
+        """Tangents are carried by parameters and `state`; what a param group remembers of past steps has none."""
+        for key in sorted(a.keys() - {"params", hyperparameter.key}):
+            numeric = isinstance(a[key], (int, float, torch.Tensor))
+            if numeric and not torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])):
+                raise UnsupportedOptimizerError(
+                    f"{self._name} keeps {key!r} in its param groups from step to step, and it depends on what "
+                    f"{hyperparameter.name!r} was before: over several steps that part of the derivative would be "
+                    "lost. Use Online(), which differentiates one step."
+                )
 
     def check_transpose(self, hyperparameters: Sequence[OptimizerHyperparameter]) -> None:
         """c . (J d) = (J' c) . d for the Jacobian J of the step and random c, d."""
