@@ -13,7 +13,14 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from hypergrad import ConfigurationError, NotDifferentiableError, RngState, loss_hyperparameters, preserved_rng
+from hypergrad import (
+    Clipping,
+    ConfigurationError,
+    NotDifferentiableError,
+    RngState,
+    loss_hyperparameters,
+    preserved_rng,
+)
 from hypergrad.callbacks._quietly import quietly
 
 
@@ -54,6 +61,15 @@ class TrainingLoss:
         self._own = module.__dict__.get("training_step")  # of the instance, which is rare
         self._learned = {id(m.value) for m in loss_hyperparameters(module).values()}
         module.__dict__["training_step"] = _Recorder(self, module, self._step)
+
+    @property
+    def clipping(self) -> Clipping | None:
+        """What the Trainer does to the gradients before a step."""
+        limit = self._trainer.gradient_clip_val
+        if not limit:
+            return None
+        by_value = str(self._trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower() == "value"
+        return Clipping(float(limit), "value" if by_value else "norm")
 
     @property
     def loss_scale(self) -> float:
@@ -168,7 +184,9 @@ class TrainingLoss:
         if not self._exact:
             return
         params = [p for p in self._module.parameters() if p.requires_grad and p.grad is not None]
-        grads = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
+        grads: Sequence[Any] = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
+        if self.clipping is not None:
+            grads = self.clipping.applied(grads)
         off = sum(float((g - p.grad).norm().square()) for g, p in zip(grads, params, strict=True) if p.grad is not None)
         size = sum(float(p.grad.norm().square()) for p in params if p.grad is not None)
         if not math.sqrt(off) <= 10.0 * tolerance * math.sqrt(size) + 1e-12:
@@ -265,8 +283,6 @@ def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     why = None
     if not module.automatic_optimization:
         why = "manual optimization, where a step may take its gradient from anywhere"
-    elif trainer.gradient_clip_val:
-        why = f"gradient_clip_val={trainer.gradient_clip_val}, which changes the gradient on its way"
     elif is_overridden("configure_gradient_clipping", module):
         why = f"{type(module).__name__}.configure_gradient_clipping, which changes the gradient on its way"
     elif type(trainer.strategy) is not SingleDeviceStrategy:

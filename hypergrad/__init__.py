@@ -5,6 +5,7 @@
 
 from hypergrad.autodiff import gradient, requiring_grad
 from hypergrad.checking import CheckedHyperparameter, CheckResult, check
+from hypergrad.clipping import ClippedLoss, Clipping
 from hypergrad.controllers.base import Controller, Reading
 from hypergrad.controllers.cautious import Cautious
 from hypergrad.controllers.descent import Descent
@@ -49,6 +50,8 @@ __all__ = [
     "Cautious",
     "CheckResult",
     "CheckedHyperparameter",
+    "ClippedLoss",
+    "Clipping",
     "ConfigurationError",
     "Contraction",
     "Controller",

@@ -128,7 +128,7 @@ class Exact(Curvature):
             if gradients is None:
                 with _refusals():
                     gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
-                _check_same(gradients, grads)
+                check_same(gradients, grads)
             # A gradient without a graph is a constant: the loss is linear in that input.
             alive = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
             wrong = passes_through(list(alive.values()), set(_WRONG_TWICE))
@@ -238,7 +238,7 @@ def _moved(inputs: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], l
 
 
 @torch.no_grad()
-def _check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
+def check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
     """The gradient that a step was taken with must be that of the loss as it is evaluated again."""
     pairs = [
         (f if f is not None else torch.zeros_like(k), k) for f, k in zip(found, known, strict=True) if k is not None

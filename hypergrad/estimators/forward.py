@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hypergrad.clipping import ClippedLoss
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
 from hypergrad.estimators.base import (
@@ -283,6 +284,10 @@ class _ForwardTracker(Tracker):
         involved = list(dict.fromkeys([*moving, *(p for key in keys for p in self._tangents[key].params)]))
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in involved]
         asked = set(keys)
+        clipped = None
+        if isinstance(loss, ClippedLoss):
+            raw, clipped = loss.gradients(moving, grads[: len(moving)])
+            grads = [*raw, *grads[len(moving) :]]
         with curvature.at(
             loss, [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
         ) as product:
@@ -294,8 +299,9 @@ class _ForwardTracker(Tracker):
                 ones = [_one_hot(t, key[0]) if name == key[1] else None for name, t in self._tensors.items()]
                 rows = product([*(tangents.get(p) for p in involved), *ones])
                 self._products += 1
-                pairs = zip(moving, rows, strict=False)  # `involved` begins with those that move
-                return {p: t for p, t in pairs if t is not None}
+                rows = rows[: len(moving)]  # `involved` begins with those that move
+                rows = rows if clipped is None else clipped(rows)
+                return {p: t for p, t in zip(moving, rows, strict=True) if t is not None}
 
             for name in list(self._unused):
                 alone = [torch.ones_like(t) if n == name else None for n, t in self._tensors.items()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hypergrad.clipping import ClippedLoss
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError
 from hypergrad.estimators.base import (
@@ -184,6 +185,11 @@ class UnrolledTracker(Tracker):
         """How the gradient of a step, weighed by its cotangent, depends on parameters and on the loss's tensors."""
         inputs = [*params, *self._tensors.values()]
         known = step.gradients
+        if isinstance(loss, ClippedLoss):
+            raw, jacobian = loss.gradients(step.moved, [known[p] for p in step.moved])
+            rows = jacobian([cotangents.get(p) for p in step.moved])  # symmetric, so its own transpose
+            known = dict(zip(step.moved, raw, strict=True))
+            cotangents = {p: row for p, row in zip(step.moved, rows, strict=True) if row is not None}
         grads = [known.get(p) for p in params]
         with self._estimator.curvature.at(loss, inputs, [*grads, *[None] * len(self._tensors)]) as product:
             rows = product([*(cotangents.get(p) for p in params), *[None] * len(self._tensors)])

@@ -76,10 +76,17 @@ class DoubleData:
         return len(self.batches)
 
 
-@pytest.mark.parametrize("setting", ["plain", "schedule", "accumulation"])
+CLIPPING = {
+    "clipped by norm": {"gradient_clip_val": 0.3},
+    "clipped by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "clipping that does not bite": {"gradient_clip_val": 100.0},
+}
+
+
+@pytest.mark.parametrize("setting", ["plain", "schedule", "accumulation", *CLIPPING])
 @pytest.mark.parametrize("kind", WHOLE_RUN)
 def test_equals_differences_of_the_whole_training(tmp_path: Path, kind: str, setting: str) -> None:
-    options = {"accumulate_grad_batches": 1}
+    options: dict[str, Any] = {"accumulate_grad_batches": 1, **CLIPPING.get(setting, {})}
     schedule = setting == "schedule"
     steps = 6
     if setting == "accumulation":
@@ -260,7 +267,6 @@ class InPlace(Regularized):
     ("module", "options", "error", "problem"),
     [
         (Manual, {}, ConfigurationError, "manual optimization"),
-        (Regularized, {"gradient_clip_val": 1.0}, ConfigurationError, "gradient_clip_val=1.0"),
         (Hooked, {}, ConfigurationError, "clipped, scaled or changed by a hook"),
         (InPlace, {}, NotDifferentiableError, "changes its batch in place"),
     ],
