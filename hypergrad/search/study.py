@@ -102,6 +102,7 @@ class Study:
                 "Open it by Study(folder) as it is, or take another folder."
             )
         self._storage = stored if stored is not None else Storage(self.folder, spec)
+        self._stopped: str | None = None
 
     @property
     def spec(self) -> StudySpec:
@@ -112,6 +113,11 @@ class Study:
     def space(self) -> Space:
         """What is searched."""
         return self.spec.space
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the last `run` of this object ended before it was through, such as `"Ctrl-C"`; None if it was."""
+        return self._stopped
 
     def enqueue(self, **params: Scalar) -> int:
         """Have a point tried before the sampler's own, such as the settings used so far; the trial's number.
@@ -150,17 +156,19 @@ class Study:
             retries: how often a trial that fails is continued from its last checkpoint with the same parameters.
             trial_timeout: seconds after which an attempt is killed and counts as failed.
             alike_failures: stop when the first so many trials of this run, retries used up, have all failed of the same
-                reason, for then the rest would too; None never does.
+                reason (but for the numbers in it), for then the rest would too; None never does.
             execution: `"local"`, `"ray"`, or `Local(...)`, `Ray(...)` with options of their own.
             progress: whether to show how far the study is: on a terminal one line that updates itself, elsewhere a line
-                every ten seconds. None: on a terminal only.
+                every five seconds. None: on a terminal only.
 
         Raises:
             ConfigurationError: for limits that are out of range, or none at all.
-            ObjectiveError: if `train` cannot be sent to a worker, or returns no number; the trial is left waiting. If
-                the first trials all fail of the same.
+            ObjectiveError: if `train` cannot be sent to a worker, or returns no number, or if the first trials all fail
+                of the same; trials that were under way are left waiting.
             StorageError: if another process is running the study, or the disk is full.
         """
+        if not (progress is None or isinstance(progress, bool)):
+            raise ConfigurationError(f"`progress` must be True, False or None, but got {progress!r}.")
         limits = _checked_limits(
             trials, timeout, retries, trial_timeout, alike_failures, self._storage, self._sampler.item
         )
@@ -174,9 +182,10 @@ class Study:
             pruning = Pruning(self._pruner, self._storage)
             parts = self._storage, self._sampler.item, pruning, executor, board, limits, progress_of(progress)
             driver = Driver(*parts)
-            stopped = driver.run()
-        if stopped is not None:
-            log.warning("The study stopped early: %s. Study(%r).resume(train) goes on.", stopped, str(self.folder))
+            self._stopped = driver.run()
+        if self._stopped is not None:
+            told = "The study stopped early: %s. Study(%r).resume(train) goes on."
+            log.warning(told, self._stopped, str(self.folder))
         return self.trials
 
     def resume(self, train: Callable[[Trial], Any], **settings: Any) -> list[TrialRecord]:
@@ -315,7 +324,8 @@ def _checked_limits(
     sampler: Sampler,
 ) -> Limits:
     for name, count, least in (("trials", trials, 1), ("retries", retries, 0), ("alike_failures", alike_failures, 1)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+        optional = count is None and name != "retries"
+        if not optional and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {count!r}.")
     for name, seconds in (("timeout", timeout), ("trial_timeout", trial_timeout)):
         if seconds is not None and (
