@@ -16,6 +16,7 @@ from hypergrad.search.driver import Driver, Limits
 from hypergrad.search.errors import StorageError
 from hypergrad.search.execution.base import Executor
 from hypergrad.search.execution.catalog import executor_of
+from hypergrad.search.front import front_of
 from hypergrad.search.lock import Lock
 from hypergrad.search.parameter import Parameter, Scalar
 from hypergrad.search.pickling import pickled
@@ -214,13 +215,7 @@ class Study:
     @property
     def front(self) -> list[TrialRecord]:
         """The complete trials that no other one beats in every objective."""
-        complete = [r for r in self.trials if r.state == "complete"]
-        signs = [1.0 if d == "minimize" else -1.0 for d in self.spec.directions]
-        losses = {r.number: _losses(r, signs) for r in complete}
-        beaten = {
-            a for a, mine in losses.items() for other in losses.values() if other != mine and _no_worse(other, mine)
-        }
-        return [r for r in complete if r.number not in beaten]
+        return front_of(self.spec, self.trials)
 
     def dataframe(self) -> pd.DataFrame:
         """One row per trial: number, state, value, parameters as `params_…`, metrics as `metrics_…`, and the rest.
@@ -258,12 +253,9 @@ class Study:
         Raises:
             ModuleNotFoundError: without `pip install 'hypergrad-lightning[report]'`.
         """
-        from hypergrad.search.analysis.material import Material
-        from hypergrad.search.analysis.report import write_report
+        from hypergrad.search.analysis.report import report_of  # heavy, and partly an extra
 
-        material = Material(self.spec, self.trials, self._storage.study)
-        target = Path(path) if path is not None else self.folder / "report.html"
-        return write_report(self.folder, material, target, Path(png) if png is not None else None)
+        return report_of(self._storage, path, png=png)
 
     def _front_or_raise(self) -> list[TrialRecord]:
         front = self.front
@@ -286,15 +278,6 @@ def _has_study(folder: Path) -> bool:
             return False
         raise
     return True
-
-
-def _losses(record: TrialRecord, signs: list[float]) -> tuple[float, ...]:
-    values = record.value if isinstance(record.value, tuple) else (record.value,)
-    return tuple(sign * value for sign, value in zip(signs, values, strict=True) if value is not None)
-
-
-def _no_worse(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def _as_space(space: Space | Mapping[str, Parameter | Scalar]) -> Space:

@@ -19,6 +19,7 @@ from hypergrad.search.analysis.material import Material
 from hypergrad.search.analysis.optunas import Drawing, drawings
 from hypergrad.search.analysis.parallel import Parallel
 from hypergrad.search.record import TrialRecord
+from hypergrad.search.storage import Storage
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }
@@ -44,6 +45,13 @@ class Section:
     figure: Callable[[], Any]
     save: Callable[[Path], None]
     note: str = ""
+
+
+def report_of(storage: Storage, path: str | Path | None = None, *, png: str | Path | None = None) -> Path:
+    """See `Study.report`; needs no sampler or pruner that the study was made with."""
+    material = Material(storage.spec, storage.records(), storage.study)
+    target = Path(path) if path is not None else storage.folder / "report.html"
+    return write_report(storage.folder, material, target, Path(png) if png is not None else None)
 
 
 def write_report(folder: Path, material: Material, path: Path, png: Path | None = None) -> Path:
