@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
 import signal
 import subprocess
@@ -174,18 +176,25 @@ def test_search_list_report_and_resume(here: Path, capsys: pytest.CaptureFixture
         (["search", "none.py:train", "--space", "space.yaml"], 2, "There is no file"),
         (["search", "syntax:train", "--space", "space.yaml"], 2, "cannot be imported: SyntaxError"),
         (["search", "raises.py:train", "--space", "space.yaml"], 2, "ZeroDivisionError: division by zero ("),
-        (["search", "json.py:train", "--space", "space.yaml"], 2, "hidden by another module"),
+        (["search", "twice.py:train", "--space", "space.yaml"], 2, "hidden by another module"),
         (["search", "mine:train", "--space", "space.yaml", "--pruner", "asha {", "--trials", "1"], 2, "asha {"),
         (["list", "nothing"], 2, "no study"),
         (["report", "nothing"], 2, "no study"),
     ],
 )
 def test_mistakes_are_one_line(
-    command: list[str], code: int, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    code: int,
+    said: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (here / "syntax.py").write_text("def train(trial:\n")
     (here / "raises.py").write_text("1 / 0\n")
-    (here / "json.py").write_text("train = print\n")
+    (here / "twice.py").write_text("train = print\n")
+    another = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("twice", None))
+    monkeypatch.setitem(sys.modules, "twice", another)
     assert main(command) == code
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("hypergrad: ")
