@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -158,11 +159,12 @@ class Bar(Progress):
 
     def show(self, standing: Standing) -> None:
         """Draw the line anew."""
+        width = _width(self._stream)
         if self._bar is None:
-            bar_format = "{l_bar}{bar:20}| {desc}" if standing.total else "{desc}"
-            self._bar = tqdm(total=standing.total, bar_format=bar_format, dynamic_ncols=True, file=self._stream)
+            bar_format = "|{bar:20}| {desc}" if standing.total and width >= 90 else "{desc}"
+            self._bar = tqdm(total=standing.total, bar_format=bar_format, ncols=width, file=self._stream)
             self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(), log]))
-        self._bar.n = standing.finished
+        self._bar.n, self._bar.ncols = standing.finished, width
         self._bar.set_description_str(str(standing), refresh=False)
         self._bar.refresh()
         if self._stream.error is not None:
@@ -173,6 +175,15 @@ class Bar(Progress):
         self._stack.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def _width(stream: Any) -> int:
+    """Columns to write in; a terminal that does not know how many it has gets as many as most have."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        columns = 0
+    return columns - 1 if columns > 20 else 119
 
 
 class Lines(Progress):

@@ -298,3 +298,10 @@ def test_ctrl_c_leaves_a_study_to_be_resumed(here: Path) -> None:
 def test_help_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "hypergrad", "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("search", "resume", "list", "report"))
+
+
+def test_the_space_file_of_the_readme_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = readme.partition("cat > space.yaml << END\n")[2].partition("END\n")[0]
+    (tmp_path / "space.yaml").write_text(text)
+    assert "nesterov" in read_space(tmp_path / "space.yaml")
