@@ -99,7 +99,7 @@ def _relieve_plotly(figure: Any) -> None:
             ]
             if axis.type == "log" and numbers:
                 at = _log_ticks(min(numbers), max(numbers))
-                axis.update(tickvals=at, ticktext=[f"{value:.2g}" for value in at])
+                axis.update(tickvals=at, ticktext=[f"{value:.3g}" for value in at])
 
 
 def _relieve_matplotlib(axes: Any) -> None:
@@ -110,7 +110,7 @@ def _relieve_matplotlib(axes: Any) -> None:
         if axis.get_scale() == "log":
             axis.set_minor_locator(NullLocator())
             axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
-            axis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
+            axis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
