@@ -2,15 +2,17 @@
 
 width:     {int: [32, 512], log: true}
 dropout:   {float: [0, 0.5], step: 0.1}
-optimizer: {categorical: [sgd, adamw]}
+optimizer: [sgd, adamw]            # short for {categorical: [sgd, adamw]}
 momentum:  {float: [0.5, 0.99], when: {optimizer: sgd}}
-epochs:    20                      # a constant
+nesterov:  {constant: true, when: {optimizer: sgd}}
+epochs:    20                      # a constant, always active
 constraints:
   - width * epochs <= 4096
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import yaml
 
 from hypergrad.search import Categorical, Constant, Float, Int, Parameter, Space, SpaceError
+from hypergrad.search.parameter import is_scalar
 
 _KINDS = ("float", "int", "categorical", "constant")
 _OPTIONS = {"float": {"log", "step"}, "int": {"log", "step"}, "categorical": set[str](), "constant": set[str]()}
@@ -30,9 +33,11 @@ def read_space(path: Path) -> Space:
         SpaceError: for a file that cannot be read or describes no space; names the file and the key.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise SpaceError(f"The space file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SpaceError(f"{path} is no text in UTF-8: {error}.") from error
     except yaml.YAMLError as error:
         raise SpaceError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict) or not data:
@@ -58,11 +63,15 @@ def parameter_of(described: Any) -> Parameter:
     Raises:
         SpaceError: for what describes no parameter.
 
-    >>> print(parameter_of({"float": [1e-5, "1e-1"], "log": True}))
+    >>> print(parameter_of({"float": [1e-5, 1e-1], "log": True}))
     real in [1e-05, 0.1] on a log scale
     >>> print(parameter_of({"categorical": ["sgd", "adamw"]}))
     one of 'sgd', 'adamw'
+    >>> print(parameter_of(["sgd", "adamw"]))
+    one of 'sgd', 'adamw'
     """
+    if isinstance(described, list):
+        return Categorical(described)
     if not isinstance(described, Mapping):
         return Constant(described)
     kinds = [kind for kind in _KINDS if kind in described]
@@ -80,16 +89,32 @@ def parameter_of(described: Any) -> Parameter:
         return Categorical(value, when=when)
     if not isinstance(value, list) or len(value) != 2:
         raise SpaceError(f"`{kind}` must be a list of the low and the high bound, but got {value!r}.")
-    low, high = map(_number, value)
-    options = {key: _number(described[key]) for key in ("log", "step") if key in described}
+    low, high = value
+    options = {key: described[key] for key in ("log", "step") if key in described}
     return Float(low, high, when=when, **options) if kind == "float" else Int(low, high, when=when, **options)
 
 
-def _number(value: Any) -> Any:
-    """YAML takes 1e-5, without a point, for a string."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without its traps: `1e-4` is a number, `no` and `off` are words, and no key comes twice."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _mapping(loader: Any, node: Any) -> Any:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    if not all(is_scalar(key) for key in keys):
+        raise yaml.constructor.ConstructorError(None, None, "a key that is no plain value", node.start_mark)
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} comes twice", node.start_mark)
+    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)

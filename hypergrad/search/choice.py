@@ -43,8 +43,8 @@ def chosen(what: str, choice: Any, by_name: Mapping[str, Callable[..., T]]) -> C
 
 def _split(what: str, choice: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(choice, str):
-        name, _, options = choice.partition(" {")
-        return name, json.loads("{" + options) if options else {}
+        name, brace, options = choice.partition(" {")
+        return name, json.loads("{" + options) if brace else {}
     if isinstance(choice, (tuple, list)) and len(choice) == 2 and isinstance(choice[1], Mapping):
         return str(choice[0]), dict(choice[1])
     raise ConfigurationError(f"`{what}` must be a name, (name, options) or an object of Optuna's, but got {choice!r}.")

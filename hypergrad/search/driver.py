@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+from hypergrad.search.alike import AlikeFailures
 from hypergrad.search.board import Board
 from hypergrad.search.errors import ObjectiveError, StorageError
 from hypergrad.search.execution.base import Ended, Executor, Reported
@@ -60,8 +61,8 @@ class Driver:
     ) -> None:
         self._storage, self._sampler, self._pruning = storage, sampler, pruning
         self._executor, self._board, self._limits = executor, board, limits
-        self._progress, self._pace = progress, _pace(storage, limits.trials)
-        self._alike: tuple[str, int] | None = ("", 0)  # what all trials of this run have failed of, and how many
+        self._progress, self._pace = progress, _pace(storage, limits)
+        self._alike = AlikeFailures(limits.alike_failures)
         self._deadlines: dict[int, float] = {}  # by running trial
         self._stopped: dict[int, str] = {}  # what a running trial was told
         self._killed: dict[int, str] = {}  # why we killed it
@@ -73,7 +74,7 @@ class Driver:
         """Everything that there is to do; why it stopped early, or None.
 
         Raises:
-            ObjectiveError: if `train` returns what is no objective; the trial is then left waiting.
+            ObjectiveError: if `train` returns what is no objective, or always fails; what runs is then left waiting.
             KeyboardInterrupt: at the second Ctrl-C; the running trials are then left waiting.
         """
         self._adopt_orphans()
@@ -221,6 +222,9 @@ class Driver:
             self._failed(number, result, reason or "unknown")
 
     def _failed(self, number: int, result: Result | None, reason: str) -> None:
+        if self._alike.enough:  # it was under way when that became clear, and waits for the mended function
+            self._leave_waiting(number, reason)
+            return
         if self._storage.deaths(number) < self._limits.retries:
             log.warning("Trial %d: %s. It is continued.", number, reason)
             self._leave_waiting(number, reason, counts=True)
@@ -238,23 +242,9 @@ class Driver:
         self._board.finished(record, result.logged)
         self._pace.finished(record.state, record.value)
         log.info("%s", _line(record))
-        self._look_for_a_pattern(record)
-
-    def _look_for_a_pattern(self, record: TrialRecord) -> None:
-        """Stop when the first trials of a run all fail of the same: so would the others."""
-        if record.state != "failed" or self._alike is None:
-            self._alike = None
-            return
-        reason, count = record.reason or "unknown", self._alike[1] + 1
-        if count > 1 and reason != self._alike[0]:
-            self._alike = None
-            return
-        self._alike = reason, count
-        if self._limits.alike_failures is not None and count >= self._limits.alike_failures and not self._stopping:
-            self._invalid = self._stopping = (
-                f"The first {count} trials of this run have all failed of the same: {reason}. What they printed is in "
-                f"{record.folder / 'log.txt'}. Mend it and resume, or give run() a larger `alike_failures`"
-            )
+        self._alike.ended(record)
+        if self._alike.enough and self._stopping is None:
+            self._invalid = self._stopping = self._alike.words()
 
     def _leave_waiting(self, number: int, reason: str | None, *, known_end: bool = True, counts: bool = False) -> None:
         self._storage.end_attempt(number, reason, known_end=known_end, excused=not counts)
@@ -277,12 +267,12 @@ class Driver:
         log.warning("Ctrl-C: running trials stop when they next report; once more to kill them. Both can be resumed.")
 
 
-def _pace(storage: Storage, total: int | None) -> Pace:
+def _pace(storage: Storage, limits: Limits) -> Pace:
     records, single = storage.records(), len(storage.spec.directions) == 1
     sign = 1.0 if storage.spec.directions[0] == "minimize" else -1.0
     values = [r.value for r in records if single and r.state == "complete" and isinstance(r.value, float)]
     counts = Counter[str](r.state for r in records if r.finished)
-    return Pace(counts, total, min(values, key=lambda v: sign * v, default=None), sign)
+    return Pace(counts, limits.trials, min(values, key=lambda v: sign * v, default=None), sign, limits.timeout)
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -75,6 +77,40 @@ class Progress(AbstractContextManager["Progress"], ABC):
         """Nothing more is to come."""
 
 
+class Tolerant(Progress):
+    """Another one, whose first error is logged and its last: a study does not end with the terminal that shows it."""
+
+    def __init__(self, shown: Progress) -> None:
+        super().__init__()
+        self.every = shown.every
+        self._shown: Progress | None = shown
+
+    @property
+    def is_due(self) -> bool:
+        """As the other one says, and never any more once that has failed."""
+        return self._shown is not None and self._shown.is_due
+
+    def show(self, standing: Standing) -> None:
+        """Have it shown."""
+        if self._shown is None:
+            return
+        try:
+            self._shown.show(standing)
+        except Exception as error:  # a closed terminal, a broken pipe, a stream of somebody's own
+            self._give_up(error)
+
+    def __exit__(self, *_: object) -> None:
+        """End the other one."""
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            with suppress(Exception):
+                shown.__exit__(None, None, None)
+
+    def _give_up(self, error: Exception) -> None:
+        self.__exit__()
+        log.warning("Progress is not shown any more (%s: %s); the study goes on.", type(error).__name__, error)
+
+
 class Silent(Progress):
     """Says nothing."""
 
@@ -87,23 +123,52 @@ class Silent(Progress):
         """Says nothing."""
 
 
+class _Stream:
+    """Standard error for tqdm, which does not get over errors of it: the first is kept, and nothing written after."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def write(self, text: str) -> int:
+        if self.error is None:
+            try:
+                self._stream.write(text)
+            except Exception as error:
+                self.error = error
+        return len(text)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self._stream.flush()
+            except Exception as error:
+                self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Bar(Progress):
     """One line on the terminal; log messages appear above it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[None] | None = None
-        self._stack = ExitStack()
+        self._stack, self._stream = ExitStack(), _Stream(sys.stderr)
 
     def show(self, standing: Standing) -> None:
         """Draw the line anew."""
+        width = _width(self._stream)
         if self._bar is None:
-            bar_format = "{l_bar}{bar:20}| {desc}" if standing.total else "{desc}"
-            self._bar = tqdm(total=standing.total, bar_format=bar_format, dynamic_ncols=True, file=sys.stderr)
+            bar_format = "|{bar:20}| {desc}" if standing.total and width >= 90 else "{desc}"
+            self._bar = tqdm(total=standing.total, bar_format=bar_format, ncols=width, file=self._stream)
             self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(), log]))
-        self._bar.n = standing.finished
+        self._bar.n, self._bar.ncols = standing.finished, width
         self._bar.set_description_str(str(standing), refresh=False)
         self._bar.refresh()
+        if self._stream.error is not None:
+            raise self._stream.error
 
     def __exit__(self, *_: object) -> None:
         """Leave the last line where it is."""
@@ -112,10 +177,19 @@ class Bar(Progress):
             self._bar.close()
 
 
-class Lines(Progress):
-    """A line for files and pipes whenever something has changed, at most every ten seconds."""
+def _width(stream: Any) -> int:
+    """Columns to write in; a terminal that does not know how many it has gets as many as most have."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        columns = 0
+    return columns - 1 if columns > 20 else 119
 
-    every = 10.0
+
+class Lines(Progress):
+    """A line for files and pipes whenever something has changed, at most every five seconds."""
+
+    every = 5.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +208,7 @@ def progress_of(wanted: bool | None) -> Progress:
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if wanted is False or (wanted is None and not terminal):
         return Silent()
-    return Bar() if terminal else Lines()
+    return Tolerant(Bar() if terminal else Lines())
 
 
 class Pace:
@@ -145,10 +219,19 @@ class Pace:
         total: how many there are to be.
         best: the best value at the start.
         sign: 1 if small values are good, else -1.
+        timeout: seconds for the run; None for no limit.
     """
 
-    def __init__(self, counts: Mapping[str, int], total: int | None, best: float | None, sign: float) -> None:
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        total: int | None,
+        best: float | None,
+        sign: float,
+        timeout: float | None = None,
+    ) -> None:
         self._counts, self._total, self._best, self._sign = Counter(counts), total, best, sign
+        self._timeout = timeout
         self._began, self._done = time.monotonic(), 0
 
     def finished(self, state: str, value: object) -> None:
@@ -162,10 +245,11 @@ class Pace:
     def standing(self, running: int) -> Standing:
         """Where the study is now."""
         now = Standing({**self._counts, "running": running}, self._total, self._best, None)
-        if not self._done or self._total is None:
-            return now
-        left = (self._total - now.finished) * (time.monotonic() - self._began) / self._done
-        return Standing(now.states, self._total, self._best, max(left, 0.0))
+        elapsed = time.monotonic() - self._began
+        left = [self._timeout - elapsed] if self._timeout is not None else []
+        if self._done and self._total is not None:
+            left.append((self._total - now.finished) * elapsed / self._done)
+        return replace(now, seconds_left=max(0.0, min(left))) if left else now
 
 
 def _clock(seconds: float) -> str:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from hypergrad.errors import ConfigurationError
 from hypergrad.search.choice import Choice, chosen
 from hypergrad.search.record import TrialRecord
-from hypergrad.search.storage import Storage
+from hypergrad.search.storage import Storage, quiet
 
 
 def _asha(min_resource: int = 1, **options: Any) -> BasePruner:
@@ -101,7 +101,8 @@ class _OneObjective:
         self._pruner = pruner
         self._memory = optuna.storages.InMemoryStorage()
         direction = optuna.study.StudyDirection[storage.spec.pruning_direction.upper()]
-        self._study_id = self._memory.create_new_study([direction], "pruning")
+        with quiet():
+            self._study_id = self._memory.create_new_study([direction], "pruning")
         self._study = optuna.load_study(study_name="pruning", storage=self._memory, pruner=pruner)
         self._ids: dict[int, int] = {}
         for record in storage.records():

@@ -56,7 +56,7 @@ class Storage:
             self._backend = backend
             directions = [optuna.study.StudyDirection[d.upper()] for d in spec.directions] if spec else []
             if spec is not None and not self._storage.get_all_studies():
-                with _quiet():
+                with quiet():
                     self._storage.create_new_study(directions, NAME)
             self.study = optuna.load_study(study_name=NAME, storage=self._storage)
             self._id = self._storage.get_study_id_from_name(NAME)
@@ -251,7 +251,8 @@ def _fast_commits(connection: Any, _: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Optuna does not say on standard error that it has made a study."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -16,6 +16,7 @@ from hypergrad.search.driver import Driver, Limits
 from hypergrad.search.errors import StorageError
 from hypergrad.search.execution.base import Executor
 from hypergrad.search.execution.catalog import executor_of
+from hypergrad.search.front import front_of
 from hypergrad.search.lock import Lock
 from hypergrad.search.parameter import Parameter, Scalar
 from hypergrad.search.pickling import pickled
@@ -102,6 +103,7 @@ class Study:
                 "Open it by Study(folder) as it is, or take another folder."
             )
         self._storage = stored if stored is not None else Storage(self.folder, spec)
+        self._stopped: str | None = None
 
     @property
     def spec(self) -> StudySpec:
@@ -112,6 +114,11 @@ class Study:
     def space(self) -> Space:
         """What is searched."""
         return self.spec.space
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the last `run` of this object ended before it was through, such as `"Ctrl-C"`; None if it was."""
+        return self._stopped
 
     def enqueue(self, **params: Scalar) -> int:
         """Have a point tried before the sampler's own, such as the settings used so far; the trial's number.
@@ -150,17 +157,19 @@ class Study:
             retries: how often a trial that fails is continued from its last checkpoint with the same parameters.
             trial_timeout: seconds after which an attempt is killed and counts as failed.
             alike_failures: stop when the first so many trials of this run, retries used up, have all failed of the same
-                reason, for then the rest would too; None never does.
+                reason (but for the numbers in it), for then the rest would too; None never does.
             execution: `"local"`, `"ray"`, or `Local(...)`, `Ray(...)` with options of their own.
             progress: whether to show how far the study is: on a terminal one line that updates itself, elsewhere a line
-                every ten seconds. None: on a terminal only.
+                every five seconds. None: on a terminal only.
 
         Raises:
             ConfigurationError: for limits that are out of range, or none at all.
-            ObjectiveError: if `train` cannot be sent to a worker, or returns no number; the trial is left waiting. If
-                the first trials all fail of the same.
+            ObjectiveError: if `train` cannot be sent to a worker, or returns no number, or if the first trials all fail
+                of the same; trials that were under way are left waiting.
             StorageError: if another process is running the study, or the disk is full.
         """
+        if not (progress is None or isinstance(progress, bool)):
+            raise ConfigurationError(f"`progress` must be True, False or None, but got {progress!r}.")
         limits = _checked_limits(
             trials, timeout, retries, trial_timeout, alike_failures, self._storage, self._sampler.item
         )
@@ -174,9 +183,10 @@ class Study:
             pruning = Pruning(self._pruner, self._storage)
             parts = self._storage, self._sampler.item, pruning, executor, board, limits, progress_of(progress)
             driver = Driver(*parts)
-            stopped = driver.run()
-        if stopped is not None:
-            log.warning("The study stopped early: %s. Study(%r).resume(train) goes on.", stopped, str(self.folder))
+            self._stopped = driver.run()
+        if self._stopped is not None:
+            told = "The study stopped early: %s. Study(%r).resume(train) goes on."
+            log.warning(told, self._stopped, str(self.folder))
         return self.trials
 
     def resume(self, train: Callable[[Trial], Any], **settings: Any) -> list[TrialRecord]:
@@ -205,13 +215,7 @@ class Study:
     @property
     def front(self) -> list[TrialRecord]:
         """The complete trials that no other one beats in every objective."""
-        complete = [r for r in self.trials if r.state == "complete"]
-        signs = [1.0 if d == "minimize" else -1.0 for d in self.spec.directions]
-        losses = {r.number: _losses(r, signs) for r in complete}
-        beaten = {
-            a for a, mine in losses.items() for other in losses.values() if other != mine and _no_worse(other, mine)
-        }
-        return [r for r in complete if r.number not in beaten]
+        return front_of(self.spec, self.trials)
 
     def dataframe(self) -> pd.DataFrame:
         """One row per trial: number, state, value, parameters as `params_…`, metrics as `metrics_…`, and the rest.
@@ -249,12 +253,9 @@ class Study:
         Raises:
             ModuleNotFoundError: without `pip install 'hypergrad-lightning[report]'`.
         """
-        from hypergrad.search.analysis.material import Material
-        from hypergrad.search.analysis.report import write_report
+        from hypergrad.search.analysis.report import report_of  # heavy, and partly an extra
 
-        material = Material(self.spec, self.trials, self._storage.study)
-        target = Path(path) if path is not None else self.folder / "report.html"
-        return write_report(self.folder, material, target, Path(png) if png is not None else None)
+        return report_of(self._storage, path, png=png)
 
     def _front_or_raise(self) -> list[TrialRecord]:
         front = self.front
@@ -277,15 +278,6 @@ def _has_study(folder: Path) -> bool:
             return False
         raise
     return True
-
-
-def _losses(record: TrialRecord, signs: list[float]) -> tuple[float, ...]:
-    values = record.value if isinstance(record.value, tuple) else (record.value,)
-    return tuple(sign * value for sign, value in zip(signs, values, strict=True) if value is not None)
-
-
-def _no_worse(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def _as_space(space: Space | Mapping[str, Parameter | Scalar]) -> Space:
@@ -315,7 +307,8 @@ def _checked_limits(
     sampler: Sampler,
 ) -> Limits:
     for name, count, least in (("trials", trials, 1), ("retries", retries, 0), ("alike_failures", alike_failures, 1)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+        optional = count is None and name != "retries"
+        if not optional and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ConfigurationError(f"`{name}` must be an integer of at least {least}, but got {count!r}.")
     for name, seconds in (("timeout", timeout), ("trial_timeout", trial_timeout)):
         if seconds is not None and (

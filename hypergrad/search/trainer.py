@@ -50,6 +50,7 @@ class TrialWiring(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """After the checkpoint of another trial: its weights, but our learning rate, weight decay and so on."""
+        self._trial.restored()
         if not self._trial.inherited:
             return
         factors: dict[int, list[float]] = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from hypergrad.errors import ConfigurationError
+from hypergrad.search.checkpoint import Checkpoint
 from hypergrad.search.messages import Job, Report, Verdict
 from hypergrad.search.seeding import derived_seed
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+log = logging.getLogger("hypergrad.search")
 
 
 class Channel(Protocol):
@@ -33,6 +36,7 @@ class Trial:
         self._job, self._channel = job, channel
         self._stopped: str | None = None
         self._continued_later = False
+        self._under_way = False
         self._reason: str | None = None
         self._metrics: dict[str, float] = {}
         self._logged: set[str] = set()
@@ -66,10 +70,21 @@ class Trial:
     def checkpoint(self) -> Path | None:
         """The checkpoint to continue from, for `trainer.fit(..., ckpt_path=trial.checkpoint)`; None to begin anew.
 
-        The last one that `trial.trainer` has written. A file that is damaged is ignored.
+        The last one that `trial.trainer` has written. One that is damaged, or that an earlier attempt could not be
+        continued from, is not used again: the trial begins anew, and says so in its record and its `log.txt`.
         """
-        path = self.folder / "checkpoints" / "last.ckpt"
-        return path if _is_whole(path) else None
+        checkpoint = Checkpoint(self.folder)
+        path = checkpoint.usable(marked=not self._under_way)
+        if checkpoint.unusable is not None:
+            self._reason = self._reason or f"began anew in attempt {self.attempt}: {checkpoint.unusable}"
+            log.warning("Trial %d begins anew: %s.", self.number, checkpoint.unusable)
+        return path
+
+    def restored(self) -> None:
+        """Say that the training has been continued from `checkpoint`, or begun; `trial.trainer` does."""
+        if not self._under_way:
+            Checkpoint(self.folder).restored()
+        self._under_way = True
 
     @property
     def monitor(self) -> str:
@@ -126,6 +141,7 @@ class Trial:
         if number is None:
             raise ConfigurationError(f"`value` must be a number or a tensor with one element, but got {value!r}.")
         if self._channel is not None and self._stopped is None:
+            self.restored()
             verdict = self._channel.ask(Report(step, number))
             self._stopped, self._continued_later = verdict.stop, verdict.later
         return self._stopped is None
@@ -204,12 +220,3 @@ def as_number(value: object) -> float | None:
         count = value.numel() if isinstance(value, torch.Tensor) else math.prod(getattr(value, "shape", (2,)))
         return as_number(item()) if count == 1 else None
     return None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether torch can be expected to read it: a zip archive whose checksums are right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError):
-        return False

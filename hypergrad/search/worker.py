@@ -14,6 +14,7 @@ from typing import Any, Literal
 import cloudpickle
 import torch
 
+from hypergrad.search.checkpoint import raised_in
 from hypergrad.search.errors import TrialPruned
 from hypergrad.search.messages import Job, Result
 from hypergrad.search.seeding import seed_everything
@@ -38,6 +39,8 @@ def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
     except TrialPruned as pruned:
         result = _ended(trial, "pruned", str(pruned) or "train raised TrialPruned")
     except BaseException as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raised_in(trial.folder)
         result = replace(_ended(trial, "failed", _words(error)), traceback=traceback.format_exc())
     finally:
         set_current_trial(None)

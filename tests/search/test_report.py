@@ -155,3 +155,73 @@ def test_missing_packages_are_named(study: Study, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"plotly.*hypergrad-lightning\[report\]"):
         study.report()
+
+
+def test_failed_trials_and_earlier_attempts_are_in_it(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        if trial.number == 1 or trial.attempt == 1:
+            raise ValueError(f"attempt {trial.attempt}")
+        return float(trial.params["x"])
+
+    study = Study(tmp_path / "study", space={"x": Float(0.0, 1.0), "k": Categorical(["a", "b"])})
+    study.run(train, 3, retries=1)
+    found = sections(study.report().read_text())
+    assert "failed, without a value" in found["History of val_loss"]
+    assert "earlier attempts: ValueError: attempt 1" in found["Trials"]
+    assert "ValueError: attempt 2; earlier attempts: ValueError: attempt 1" in found["Trials"]
+
+
+def test_a_study_in_which_everything_failed_or_was_not_a_number(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        trial.report(math.nan if trial.number % 2 else 1.0, 1)
+        return math.nan
+
+    study = Study(tmp_path / "study", space={"x": Float(0.0, 1.0), "k": Categorical(["a", "b"])})
+    assert {r.state for r in study.run(train, 4)} == {"failed", "pruned"}
+    page = study.report(png=tmp_path / "png").read_text()
+    assert "History of val_loss" in _titles_without_a_figure(page)
+    assert "val_loss is nan at step 1" in sections(page)["Trials"]
+
+
+def test_what_folds_and_continued_attempts_have_learned(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        for i in range(2):
+            with SummaryWriter(str(trial.folder / f"fold-{i}")) as writer:
+                for step, value in ((1, 0.5), (2, 0.25)):
+                    writer.add_scalar("hypergradient/lr/value", value, step)
+        return float(trial.params["x"])
+
+    study = Study(tmp_path / "study", space={"x": Float(0.0, 1.0)})
+    (record,) = study.run(train, 1)
+    with SummaryWriter(str(record.folder / "fold-1"), filename_suffix=".later") as writer:
+        writer.add_scalar("hypergradient/lr/value", 0.125, 2)
+        writer.add_scalar("hypergradient/lr/value", math.nan, 3)
+    from hypergrad.search.analysis.charts import learned
+    from hypergrad.search.analysis.material import Material
+
+    charts = learned(Material(study.spec, study.trials, study._storage.study))
+    assert [(c.y, list(c.series[0].x), list(c.series[0].y)) for c in charts] == [
+        ("lr in fold-0", [1, 2], [0.5, 0.25]),
+        ("lr in fold-1", [1, 2], [0.5, 0.125]),
+    ]
+
+
+def test_event_files_that_are_cut_off_cost_their_end_only(study: Study, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(study.folder, copy)
+    for i, file in enumerate(sorted(copy.glob("trial-*/events.out.tfevents.*"))):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) - 7] if i % 2 else b"no event file")
+    assert "Trials" in sections(Study(copy).report().read_text())
+
+
+def test_pictures_leave_the_style_of_the_process_alone(study: Study, tmp_path: Path) -> None:
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    before = {key: mpl.rcParams[key] for key in ("axes.facecolor", "axes.prop_cycle", "figure.figsize")}
+    study.report(png=tmp_path / "png")
+    assert {key: mpl.rcParams[key] for key in before} == before
+    assert plt.get_fignums() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -136,7 +137,11 @@ def test_several_objectives(tmp_path: Path) -> None:
     assert "values_loss" in study.dataframe()
 
 
-def test_pruning_with_several_objectives_is_on_the_named_metric(tmp_path: Path) -> None:
+def test_pruning_with_several_objectives_is_on_the_named_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+
     def train(trial: Trial) -> tuple[float, float]:
         for step in range(1, 4):
             if not trial.report(float(trial.number), step):
@@ -151,6 +156,7 @@ def test_pruning_with_several_objectives_is_on_the_named_metric(tmp_path: Path) 
     records = Study(tmp_path / "s").run(train, 5)
     assert [r.state for r in records] == ["complete", "complete", *["pruned"] * 3]
     assert "where cost was 4" in str(records[4].reason)
+    assert "A new study" not in caplog.text  # of Optuna, for its own use
 
 
 def test_pruned_trials_say_why_and_keep_what_they_reported(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#ff7f0e", "#7f7f7f")
+LAYOUT: Mapping[str, Any] = {"template": "plotly_white", "height": 440, "margin": {"t": 40, "b": 50, "l": 70, "r": 60}}
 
 
 class NothingToDrawError(Exception):
@@ -29,7 +30,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    kind: Literal["lines", "markers"] = "lines"
+    kind: Literal["lines", "steps", "markers", "crosses"] = "lines"
     texts: Sequence[str] = ()
     faint: bool = False
     marker: Literal["", "x"] = ""
@@ -60,11 +61,11 @@ class Chart:
                     x=list(s.x),
                     y=list(s.y),
                     name=s.name,
-                    mode=s.kind,
+                    mode="lines" if s.kind in ("lines", "steps") else "markers",
                     text=list(s.texts) or None,
                     opacity=opacity,
-                    line={"color": color, "width": 1.5},
-                    marker={"color": color, "size": 7},
+                    line={"color": color, "width": 1.5, "shape": "hv" if s.kind == "steps" else "linear"},
+                    marker={"color": color, "size": 7, "symbol": "x" if s.kind == "crosses" else "circle"},
                     showlegend=s.named,
                 )
             )
@@ -73,7 +74,7 @@ class Chart:
                 figure.add_trace(
                     go.Scatter(x=[s.x[-1]], y=[s.y[-1]], mode="markers", marker=mark, opacity=opacity, showlegend=False)
                 )
-        figure.update_layout(template="plotly_white", height=480, xaxis_title=self.x, yaxis_title=self.y)
+        figure.update_layout(xaxis_title=self.x, yaxis_title=self.y, **LAYOUT)
         if self.log_y:
             figure.update_yaxes(type="log", exponentformat="power")
         return figure
@@ -88,7 +89,9 @@ class Chart:
         axes = figure.subplots()
         for at, s in enumerate(self.series):
             color, alpha = COLORS[(at if s.color is None else s.color) % len(COLORS)], 0.35 if s.faint else 1.0
-            style = {"linestyle": "-"} if s.kind == "lines" else {"linestyle": "", "marker": "o", "markersize": 4}
+            style: dict[str, Any] = {"linestyle": "", "marker": "x" if s.kind == "crosses" else "o", "markersize": 4}
+            if s.kind in ("lines", "steps"):
+                style = {"drawstyle": "steps-post" if s.kind == "steps" else "default"}
             axes.plot(s.x, s.y, color=color, alpha=alpha, label=s.name if s.named else None, linewidth=1.2, **style)
             if s.marker and len(s.x):
                 axes.plot(s.x[-1:], s.y[-1:], color=color, alpha=alpha, marker="x", linestyle="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,10 +23,11 @@ def history(material: Material, objective: int) -> Chart:
     if not pairs:
         raise NothingToDrawError("No trial is complete yet.")
     numbers, values = [r.number for r, _ in pairs], [v for _, v in pairs]
+    last = max(r.number for r in material.records)
     best = list(itertools.accumulate(values, min if direction == "minimize" else max))
     series = [
         Series("trial", numbers, values, "markers", [_told(r) for r, _ in pairs], color=0),
-        Series("best so far", numbers, best, color=1),
+        Series("best so far", [*numbers, last], [*best, best[-1]], "steps", color=1),
     ]
     ended = [
         (r, r.value)
@@ -36,9 +38,16 @@ def history(material: Material, objective: int) -> Chart:
         and math.isfinite(r.value)
     ]
     if ended:
-        told, last = [_told(r) for r, _ in ended], [value for _, value in ended]
-        series.append(Series("pruned, last value", [r.number for r, _ in ended], last, "markers", told, True, color=9))
-    return Chart(f"{name} by trial", "trial", name, series, _spans_decades(values))
+        told, ends = [_told(r) for r, _ in ended], [value for _, value in ended]
+        series.append(Series("pruned, last value", [r.number for r, _ in ended], ends, "markers", told, True, color=9))
+    judged = [*values, *(value for _, value in ended)]
+    failed = [r for r in material.records if r.state == "failed"]
+    if failed:
+        low, high = min(judged), max(judged)  # below everything, on either scale
+        bottom = low / 1.5 if _spans_decades(judged) else low - 0.08 * (high - low or abs(low) or 1.0)
+        at, told = [r.number for r in failed], [_told(r) for r in failed]
+        series.append(Series("failed, without a value", at, [bottom] * len(failed), "crosses", told, color=1))
+    return Chart(f"{name} by trial", "trial", name, series, _spans_decades(judged))
 
 
 def curves(material: Material) -> Chart:
@@ -78,24 +87,27 @@ def learned(material: Material) -> list[Chart]:
 
 def _trajectories(record: TrialRecord) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values by hyperparameter, from the trial's event files; nothing where its folder is gone."""
-    if not record.folder.is_dir():
-        return {}
-    events = EventAccumulator(str(record.folder), size_guidance={"scalars": 500})
-    events.Reload()
     found = {}
-    for tag in events.Tags().get("scalars", []):
-        if tag.startswith("hypergradient/") and tag.endswith("/value"):
-            points = events.Scalars(tag)
-            found[tag.removeprefix("hypergradient/").removesuffix("/value")] = (
-                [point.step for point in points],
-                [point.value for point in points],
-            )
-    return found
+    for folder in (record.folder, *sorted(record.folder.glob("fold-*"))):
+        if not any(folder.glob("events.out.tfevents.*")):
+            continue
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 500})
+        events.Reload()
+        fold = "" if folder == record.folder else f" in {folder.name}"
+        for tag in events.Tags().get("scalars", []):
+            if tag.startswith("hypergradient/") and tag.endswith("/value"):
+                # A trial that was continued writes some steps again: the last word counts.
+                by_time = sorted(events.Scalars(tag), key=lambda point: point.wall_time)
+                points = {point.step: point.value for point in by_time if math.isfinite(point.value)}
+                name = tag.removeprefix("hypergradient/").removesuffix("/value")
+                found[f"{name}{fold}"] = sorted(points), [points[step] for step in sorted(points)]
+    return {name: points for name, points in found.items() if points[0]}
 
 
 def _told(record: TrialRecord) -> str:
-    params = "<br>".join(f"{name} = {value}" for name, value in record.params.items())
-    return f"trial {record.number}, {record.state}<br>{params}"
+    params = "<br>".join(html.escape(f"{name} = {value}") for name, value in record.params.items())
+    why = f"<br>{html.escape(record.reason[:100])}" if record.reason else ""
+    return f"trial {record.number}, {record.state}{why}<br>{params}"
 
 
 def _spans_decades(values: Sequence[float]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hypergrad.search.analysis.chart import NothingToDrawError
+from hypergrad.search.analysis.chart import LAYOUT, NothingToDrawError
 from hypergrad.search.analysis.material import Material
 from hypergrad.search.parameter import Float, Int, Parameter
 
@@ -56,8 +56,8 @@ class Parallel:
             for axis in self.axes
         ]
         color = {"color": self.values, "colorscale": "Viridis", "showscale": True, "colorbar": {"title": self.label}}
-        figure = go.Figure(go.Parcoords(line=color, dimensions=dimensions))
-        figure.update_layout(template="plotly_white", height=480)
+        figure = go.Figure(go.Parcoords(line=color, dimensions=dimensions, domain={"x": [0.0, 0.96]}))
+        figure.update_layout(**{**LAYOUT, "margin": {"t": 60, "b": 40, "l": 80, "r": 80}})
         return figure
 
     def save(self, path: Path) -> None:

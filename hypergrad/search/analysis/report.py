@@ -18,16 +18,23 @@ from hypergrad.search.analysis.charts import curves, history, learned
 from hypergrad.search.analysis.material import Material
 from hypergrad.search.analysis.optunas import Drawing, drawings
 from hypergrad.search.analysis.parallel import Parallel
+from hypergrad.search.record import TrialRecord
+from hypergrad.search.storage import Storage
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin: 2em 0 .3em }
-pre { background: #f6f6f6; padding: .8em } .why { color: #777 }
+pre { background: #f6f6f6; padding: .8em } .why, .note { color: #777; margin: 0 } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .25em .7em; text-align: left; vertical-align: top }
 tr:nth-child(even) { background: #f6f6f6 }
-.failed { color: #b00020 } .pruned { color: #8a6d00 } .best { font-weight: bold }
+td:last-child { min-width: 14em } .failed { color: #b00020 } .pruned { color: #8a6d00 } .best { font-weight: bold }
 """
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtons": [["zoom2d", "pan2d", "autoScale2d", "toImage"]],
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,14 @@ class Section:
     title: str
     figure: Callable[[], Any]
     save: Callable[[Path], None]
+    note: str = ""
+
+
+def report_of(storage: Storage, path: str | Path | None = None, *, png: str | Path | None = None) -> Path:
+    """See `Study.report`; needs no sampler or pruner that the study was made with."""
+    material = Material(storage.spec, storage.records(), storage.study)
+    target = Path(path) if path is not None else storage.folder / "report.html"
+    return write_report(storage.folder, material, target, Path(png) if png is not None else None)
 
 
 def write_report(folder: Path, material: Material, path: Path, png: Path | None = None) -> Path:
@@ -103,7 +118,8 @@ def _lazily(make: Callable[[], Chart | Parallel]) -> tuple[Callable[[], Any], Ca
 
 
 def _of_drawing(drawing: Drawing, material: Material) -> Section:
-    return Section(drawing.title, partial(drawing.figure, material), partial(drawing.save, material))
+    note = drawing.note(material)
+    return Section(drawing.title, partial(drawing.figure, material), partial(drawing.save, material), note)
 
 
 def _nothing(title: str, why: str) -> Section:
@@ -124,7 +140,8 @@ def _figures(sections: list[Section]) -> Iterator[str]:
         except NothingToDrawError as error:
             yield f'<p class="why">{html.escape(str(error))}</p>'
             continue
-        yield to_html(figure, include_plotlyjs=library, full_html=False)
+        yield f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
+        yield to_html(figure, include_plotlyjs=library, full_html=False, config=_CONFIG)
         library = False
 
 
@@ -162,10 +179,18 @@ def _trials(material: Material) -> str:
             round(record.duration, 1),
             record.attempts,
         ]
-        cells += [*(record.params.get(name, "") for name in names), record.reason or ""]
+        cells += [*(record.params.get(name, "") for name in names), _why(record)]
         kind = "best" if record.number in best else record.state
         rows.append("".join(f'<td class="{kind}">{html.escape(_number(cell))}</td>' for cell in cells))
-    return f"<h2>Trials</h2><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    return f'<h2>Trials</h2><div class="wide">{table}</div>'
+
+
+def _why(record: TrialRecord) -> str:
+    """The reason of its end, and those of the ends of its earlier attempts."""
+    earlier = record.failures if record.state != "failed" else record.failures[:-1]
+    before = f"earlier attempts: {'; '.join(earlier)}" if earlier else ""
+    return "; ".join(part for part in (record.reason or "", before) if part)
 
 
 def _number(value: object) -> str:
