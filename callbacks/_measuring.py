@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from hypergrad import Contraction, Measurement
+from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._attachment import Attachment
 
 # What is told of a tensor with several elements.
@@ -61,9 +62,7 @@ def _to_host(
                 columns.append(contraction.tangent_norms[name] * contraction.gradient_norms[name])
     wide = torch.float64 if any(c.dtype == torch.float64 for c in columns) else torch.float32
     packed = torch.cat([c.to(loss.device, wide) for c in columns])
-    if trainer.world_size > 1:
-        packed = trainer.strategy.reduce(packed, reduce_op="mean")
-    return packed.tolist()
+    return mean(trainer, packed).tolist()
 
 
 def labels_of(attachments: Sequence[Attachment], module: torch.nn.Module) -> dict[str, str]:

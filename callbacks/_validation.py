@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from hypergrad import ConfigurationError, NotDifferentiableError, gradient, preserved_rng, requiring_grad
+from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._lightning import to_device
 from hypergrad.callbacks._quietly import quietly
@@ -183,7 +184,7 @@ class ValidationLoss:
 
 
 class Score:
-    """The mean validation loss over a few batches, the same ones with the same randomness at every call.
+    """The mean validation loss over a few batches and all ranks, the same with the same randomness at every call.
 
     Args:
         loss: how a batch is evaluated.
@@ -207,7 +208,8 @@ class Score:
         for i, batch in enumerate(self._batches):
             with preserved_rng(i):
                 total += self._loss.value(batch, i)
-        return self._sign * total / len(self._batches)
+        found = torch.tensor(total / len(self._batches), dtype=torch.float64)
+        return self._sign * float(mean(self._loss.trainer, found))
 
 
 @lru_cache(maxsize=8)  # inspecting a signature costs more than a small network's forward pass

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hypergrad import (
@@ -146,7 +146,7 @@ def test_no_optimizer(tmp_path: Path) -> None:
 
 
 def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
-    for sharding in (FSDPStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {})):
+    for sharding in (FSDPStrategy, ModelParallelStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {})):
 
         class Stub:
             strategy, optimizers = sharding(), trainer(tmp_path).optimizers

@@ -51,17 +51,19 @@ main(int(sys.argv[1]))
 """
 
 
-def test_two_ranks_on_gloo(tmp_path: Path) -> None:
+def _run(tmp_path: Path, text: str, *arguments: str) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_on_gloo(tmp_path: Path) -> None:
     for devices in ("1", "2"):
-        command = [sys.executable, str(script), devices, str(tmp_path)]
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        _run(tmp_path, SCRIPT, devices, str(tmp_path))
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     for key in ("values", "weights", "hypergradients", "losses"):
         assert first[key] == second[key]
@@ -71,3 +73,59 @@ def test_two_ranks_on_gloo(tmp_path: Path) -> None:
     for a, b in zip(first["hypergradients"], one["hypergradients"], strict=True):
         assert a == pytest.approx(b, rel=1e-8)
     assert first["values"] == pytest.approx(one["values"], rel=1e-8)
+
+
+UNEVEN = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from hypergrad import Forward, Hold, Readout, Rewind, Unrolled
+from hypergrad.callbacks import EarlyStopping, HyperGradient, Patience
+from tests.callbacks.modules import Net, data, trainer
+
+rank, folder, found = int(os.environ.get("LOCAL_RANK", 0)), sys.argv[1], {}
+
+def fit(name, *callbacks, **options):
+    torch.manual_seed(0)
+    module, train = Net(), data(64).dataset
+    val = DataLoader(data(48 if rank == 0 else 80, seed=5 + rank).dataset, 16)  # three batches here and five there
+    settings = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, **options}
+    fitted = trainer(folder, callbacks=list(callbacks), **settings)
+    shard = DistributedSampler(train, 2, rank, shuffle=False)
+    error = None
+    try:
+        fitted.fit(module, DataLoader(train, 16, sampler=shard), val)
+    except Exception as raised:
+        error = str(raised)
+    weights = {name: p.sum().item() for name, p in module.named_parameters()}
+    found[name] = {"weights": weights, "epochs": fitted.current_epoch, "error": error}
+
+plain = HyperGradient(every_n_steps=1)
+fit("online", plain, max_epochs=4)
+found["online"]["values"] = plain.hyperparameters
+stopping = EarlyStopping(criterion=Patience(1), stopping_threshold=0.95)
+fit("stopped", HyperGradient(every_n_steps=1), stopping, max_epochs=30)
+found["stopped"]["reason"] = stopping.reason
+pieces = {"readout": Readout(checkpoints=4), "rewind": Rewind(), "controller": Hold()}
+read = HyperGradient("lr", **pieces)
+fit("readout", read, max_epochs=8)
+found["readout"]["best"] = [str(read.ended_with), len(read.history)]
+for estimator in (Forward(), Unrolled(3)):
+    fit(type(estimator).__name__, HyperGradient(estimator=estimator))
+open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_validation_shards_of_different_lengths_decide_alike(tmp_path: Path) -> None:
+    _run(tmp_path, UNEVEN, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["online"]["error"] is None
+    assert first["online"]["values"]["lr"] != 0.01
+    assert 0 < first["stopped"]["epochs"] < 30
+    assert "is better than stopping_threshold" in first["stopped"]["reason"]
+    assert first["readout"]["best"][0].startswith("Best(")
+    for name in ("Forward", "Unrolled"):
+        assert "not available with DDPStrategy. Use Online()" in first[name]["error"]
