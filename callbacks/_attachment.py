@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +141,32 @@ class Attachment:
                 if _stands_for(row.learned[key], values.get(key), value):
                     values[key] = value
         return values
+
+    @contextmanager
+    def values_shown(self) -> Iterator[None]:
+        """The values that the next step would use stand in the param groups, inside the block."""
+        if not self._handles:  # detached
+            yield
+            return
+        groups = self.optimizer.param_groups
+        # Of tensors that have values of their own the group shows none.
+        rows = {row.group: row for row in reversed(self.layout())}
+        found = [
+            (groups[i], h, value)
+            for i, row in rows.items()
+            for h, (_, value) in zip(
+                row.learned.values(), self._tuner.pairs(self._shaped(groups[i]), row.learned), strict=True
+            )
+            if h.per != "tensor" and value != h.read(groups[i])
+        ]
+        standing = [(group, h.key, group[h.key]) for group, h, _ in found]
+        try:
+            for group, h, value in found:
+                h.write(group, value)
+            yield
+        finally:
+            for group, key, value in reversed(standing):
+                group[key] = value
 
     def measurements(
         self, hypergradients: dict[str, list[float]], scales: dict[str, list[float] | None]

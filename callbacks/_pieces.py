@@ -171,7 +171,9 @@ class Pieces:
         self.race_result = state["race_result"]
         self._told = state["told"][0], state["told"][1]
         if self._heat is not None:
-            if state["heat"] is None:
+            if state["heat"] is None and state["race_result"] is None:
+                self._give_up()
+            elif state["heat"] is None:
                 self._end_race()
             else:
                 self._heat.load_state_dict(state["heat"])
@@ -188,6 +190,9 @@ class Pieces:
             f"HyperGradient: no race of learning rates, for the training step cannot be run again ({error}); lr is "
             "learned by hypergradients instead."
         )
+        self._give_up()
+
+    def _give_up(self) -> None:
         self._tuner.controller = Cautious(Descent())
         self._attachment.shape = None
         self._end_race()

@@ -25,14 +25,16 @@ from hypergrad import (
     check_names,
     resolve,
 )
+from hypergrad.callbacks._agreement import fewest
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
 from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, described, labels_of, measured
+from hypergrad.callbacks._monitors import Monitors
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import make_plan
 from hypergrad.callbacks._report import Facts, report
-from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, names_of
+from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, kind_of, names_of
 from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import Score, ValidationLoss
 
@@ -64,7 +66,7 @@ class Run:
         self.plan = make_plan(
             *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps),
             update_cost=update_cost,
-            available=batches_of(loader),
+            available=fewest(trainer, batches_of(loader)),
             continues=continues,
         )
         self._tuner = Tuner(self._controller())
@@ -76,6 +78,7 @@ class Run:
         self._training_watch = Stopwatch(trainer.strategy.root_device)
         self._tracking_watch = Stopwatch(trainer.strategy.root_device)  # ours, and within training steps
         self._attachments: list[Attachment] = []
+        self._monitors: Monitors | None = None
         self._final_values: dict[str, float] | None = None
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
         self._names = names_of(settings.of_optimizers) + list(self._modules)
@@ -91,12 +94,15 @@ class Run:
         except BaseException:
             self.detach()
             raise
+        self._monitors = Monitors(trainer, self._attachments)
         self.first_values = self.values
 
     def detach(self) -> None:
         """Take the hooks off the optimizers and put their scheduled values back. May be called twice."""
         for attachment in self._attachments:
             attachment.detach()
+        if self._monitors is not None:
+            self._monitors.detach()
         if self._training_loss is not None:
             self._training_loss.detach()
         if self._pieces is not None:
@@ -234,6 +240,9 @@ class Run:
         return {
             "version": 1,
             "hyperparameters": self._names,
+            "values": self.values,
+            "settings": self._settings.described(self._tuner.controller),
+            "controller": kind_of(self._tuner.controller),
             "tuner": self._tuner.state_dict(),
             "estimator": type(self._settings.estimator).__name__,
             "trackers": [a.tracker.state_dict() for a in self._attachments],
@@ -259,9 +268,9 @@ class Run:
                 "to what the optimizer says."
             )
         self._load_trackers(state)
-        self._tuner.load_state_dict(state["tuner"])
         if self._pieces is not None and state["pieces"] is not None:
-            self._pieces.load_state_dict(state["pieces"])
+            self._pieces.load_state_dict(state["pieces"])  # first, for it may choose the controller
+        self._load_tuner(state)
         progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
         for attachment, steps, measured_at in progress:
             attachment.steps, attachment.measured_at = steps, measured_at
@@ -314,6 +323,18 @@ class Run:
         score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
         module, attachment = self._trainer.lightning_module, self._attachments[0]
         self._pieces = Pieces(plan, self._trainer, module, attachment, score, self._tuner, self._modules)
+
+    def _load_tuner(self, state: dict[str, Any]) -> None:
+        saved, now = state.get("settings", {}), self._settings.described(self._tuner.controller)
+        changed = [
+            f"{name}={saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]
+        ]
+        if changed:
+            rank_zero_warn(f"The checkpoint was written with other settings of HyperGradient: {'; '.join(changed)}.")
+        tuner, kind = state["tuner"], kind_of(self._tuner.controller)
+        if state.get("controller", kind) != kind:
+            tuner = {**tuner, "controller": self._tuner.controller.state_dict()}  # it begins anew, from here
+        self._tuner.load_state_dict(tuner)
 
     def _load_trackers(self, state: dict[str, Any]) -> None:
         estimator = self._settings.estimator

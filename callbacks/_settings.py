@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,12 +50,25 @@ class Settings:
             return [] if isinstance(self.estimator, Implicit) else ["lr", "weight_decay"]
         return [h for h in self.hyperparameters if not isinstance(h, Hyperparameter)]
 
+    def described(self, controller: Controller) -> dict[str, str]:
+        """What decides how a run goes on, in words: to be compared with a checkpoint's."""
+        settings = {name: getattr(self, name) for name in ("estimator", "monitor", "mode", "every_n_steps", "seed")}
+        settings |= {"controller": controller, **vars(self.wishes)}
+        # An object without a repr of its own has its address in it, which is another one in each process.
+        return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)) for name, value in settings.items()}
+
     def in_loss(self, module: pl.LightningModule) -> Mapping[str, Hyperparameter]:
         """Those in the loss, by path in the module; by default all that it has."""
         chosen = self.hyperparameters
         return loss_hyperparameters(
             module, None if chosen is None else [h for h in chosen if isinstance(h, Hyperparameter)]
         )
+
+
+def kind_of(controller: Controller) -> str:
+    """The classes of a controller and of those that it wraps: what can load its state."""
+    inner = getattr(controller, "controller", None)
+    return f"{type(controller).__name__}({kind_of(inner) if isinstance(inner, Controller) else ''})"
 
 
 def names_of(hyperparameters: Sequence[str | OptimizerHyperparameter]) -> list[str]:

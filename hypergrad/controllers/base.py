@@ -42,6 +42,10 @@ class Controller(ABC):
     A controller is a pure object: numbers in, numbers out, all its memory in `state_dict`.
     """
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({settings})"
+
     def begin(self, updates: int | None) -> None:  # noqa: B027 (most do not pace themselves)
         """A run begins in which there will be so many readings of each coordinate; None where that is not known."""
 

@@ -293,6 +293,21 @@ def test_a_training_step_that_cannot_be_run_again_has_no_race(caplog: pytest.Log
     assert callback.hyperparameters["lr"] > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_race_that_was_given_up_stays_given_up_after_a_checkpoint(tmp_path: Path) -> None:
+    def train(callback: HyperGradient, steps: int, **kwargs: Any) -> None:
+        Unrepeatable.calls = 0
+        fitted = trainer(tmp_path, callbacks=[callback, StopAt(steps)], max_steps=400, max_epochs=-1)
+        fitted.fit(seeded(Unrepeatable(lr=1e-5)), data(), data(seed=1), **kwargs)
+        fitted.save_checkpoint(tmp_path / "given-up.ckpt")
+
+    first, second = (HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1) for _ in range(2))
+    train(first, 50)
+    train(second, 120, ckpt_path=tmp_path / "given-up.ckpt", weights_only=True)
+    assert second.history[: len(first.history)] == first.history
+    assert second.history[-1].values["lr"] != first.history[-1].values["lr"]  # still learned
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

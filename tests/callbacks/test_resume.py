@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
+from hypergrad import Descent, Forward, Hold, Readout, Rewind
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Reseed, Resumable, Scheduled, data, trainer
 
@@ -110,3 +112,32 @@ def test_a_callback_added_on_resume_starts_afresh(tmp_path: Path) -> None:
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
     _fit(tmp_path / "added", callback, every=100, resume=str(tmp_path / "step=12.ckpt"))
     assert [u.step for u in callback.history] == list(range(13, 25))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:Forward looks back at steps")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"controller": Hold()}, r"controller=Cautious\(controller=Descent\(rate=0.5,.*, now Hold\(\)"),
+        ({"controller": Descent()}, r"controller=Cautious\(.*, now Descent\("),
+        ({"every_n_steps": 7}, "every_n_steps=1, now 7"),
+        ({"seed": 3}, "seed=0, now 3"),
+        ({"readout": Readout(), "rewind": Rewind(), "budget": 2.0}, r"budget=1.25, now 2.0; .*readout='auto', now Rea"),
+        ({"estimator": Forward()}, r"estimator=Online\(.*, now Forward\("),
+    ],
+    ids=lambda v: str(v)[:20],
+)
+def test_loads_with_other_settings_and_says_which(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    first = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _fit(tmp_path, first, every=12)
+    other = HyperGradient(**{"val_dataloaders": data(seed=2), "every_n_steps": 1, **settings})
+    with pytest.warns(UserWarning, match=f"written with other settings of HyperGradient: .*{said}"):
+        _fit(tmp_path / "again", other, every=100, resume=str(tmp_path / "step=12.ckpt"))
+    assert other.history[:12] == first.history[:12]
+    assert other.history[-1].step > 12
+    # What was learned by then stays: the next measurement is under the same factor on the schedule.
+    factors = [
+        u.values["lr/group_0"] / (1 + math.cos(math.pi * (u.step - 1) / 30))
+        for u in (other.history[12], first.history[12])
+    ]
+    assert factors[0] == pytest.approx(factors[1])
