@@ -12,7 +12,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from hypergrad import (
-    ClippedLoss,
     Estimator,
     HypergradError,
     HyperparameterError,
@@ -252,11 +251,7 @@ class Attachment:
             self._tracked, self._loss = self.training_loss is None or loss is not None, loss
             if self._tracked and due:
                 with torch.no_grad():
-                    self.tracker.before_step(self._clipped(loss))
-
-    def _clipped(self, loss: StepLoss | None) -> StepLoss | ClippedLoss | None:
-        clipping = None if self.training_loss is None else self.training_loss.clipping
-        return loss if loss is None or clipping is None else ClippedLoss(loss, clipping)
+                    self.tracker.before_step(None if loss is None else loss.as_stepped())
 
     def _loss_of_this_step(self) -> StepLoss | None:
         if self.training_loss is None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from hypergrad import Cosine, Race, Readout, Rewind, Shape
 
@@ -155,6 +154,4 @@ def _obstacle(trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, 
         return "manual optimization"
     if len(trainer.optimizers) != 1:
         return f"{len(trainer.optimizers)} optimizers"
-    if type(trainer.strategy) is not SingleDeviceStrategy:
-        return type(trainer.strategy).__name__
     return ""

@@ -25,7 +25,7 @@ from hypergrad import (
     check_names,
     resolve,
 )
-from hypergrad.callbacks._agreement import fewest
+from hypergrad.callbacks._agreement import fewest, mean, mean_rows
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
@@ -373,7 +373,10 @@ class Run:
             attachment.watch = self._tracking_watch
             if attachment.tracker.needs_loss:
                 if self._training_loss is None:
-                    self._training_loss = TrainingLoss(self._trainer, self._trainer.lightning_module)
+                    # Where a minimum lies does not depend on how gradients are changed on their way to it.
+                    self._training_loss = TrainingLoss(
+                        self._trainer, self._trainer.lightning_module, exact=not implicit
+                    )
                 attachment.training_loss = self._training_loss
 
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:
@@ -391,6 +394,7 @@ class Run:
         with self._stream.next() as batch:
             loss, gradients = self._loss.gradient(batch, self._stream.position, params)
         self.gradients += 1
+        gradients = tuple(g for g in mean_rows(self._trainer, gradients, params) if g is not None)
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]
         self._products += sum(c.products for c in contractions)
@@ -410,6 +414,7 @@ class Run:
         tensors = []
         for name, module in self._modules.items():
             found = sum((c.hypergradients[name] for c in contractions), torch.zeros_like(module.value))
+            found = mean(self._trainer, found)  # where kernels are not deterministic, ranks differ in their last digits
             tensors.append(TensorMeasurement(name, module, sign * found))
             values.update(described(name, module.value, OF_VALUES))
             hypergradients.update(described(name, found, OF_HYPERGRADIENTS))

@@ -10,17 +10,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parallel import DistributedDataParallel
 
 from hypergrad import (
+    ClippedLoss,
     Clipping,
     ConfigurationError,
     NotDifferentiableError,
     RngState,
+    SharedLoss,
     loss_hyperparameters,
     preserved_rng,
 )
+from hypergrad.callbacks._agreement import anyone, mean, mean_rows
 from hypergrad.callbacks._quietly import quietly
 
 
@@ -48,11 +51,10 @@ class TrainingLoss:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, *, exact: bool = True) -> None:
-        if exact:
-            _check(trainer, module)
+        _check(module, exact=exact)
         self._exact = exact
         self.evaluations = 0
-        self._trainer = trainer
+        self.trainer = trainer
         self._module = module
         self._calls: list[_Call] = []
         self._went_back: list[bool] = []  # of each call, whether its loss has been differentiated
@@ -65,16 +67,33 @@ class TrainingLoss:
     @property
     def clipping(self) -> Clipping | None:
         """What the Trainer does to the gradients before a step."""
-        limit = self._trainer.gradient_clip_val
+        limit = self.trainer.gradient_clip_val
         if not limit:
             return None
-        by_value = str(self._trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower() == "value"
+        by_value = str(self.trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower() == "value"
         return Clipping(float(limit), "value" if by_value else "norm")
 
     @property
     def loss_scale(self) -> float:
         """What keeps gradients that flow through float16 from underflow; a power of two changes no digit."""
-        return 1024.0 if str(self._trainer.precision).startswith("16") else 1.0
+        return 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
+
+    @property
+    def ranks(self) -> int:
+        """How many processes evaluate a part of the loss of each step."""
+        return self.trainer.world_size
+
+    def mean(self, rows: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The mean over ranks, see `hypergrad.SharedLoss`."""
+        return mean_rows(self.trainer, rows, like)
+
+    def synchronized(self, buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the first rank, in place, where every step begins with them."""
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
+            for buffer in buffers.values():
+                torch.distributed.broadcast(buffer, src=0)
+        return buffers
 
     def detach(self) -> None:
         """Leave the module as it was found."""
@@ -87,10 +106,10 @@ class TrainingLoss:
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `training_step`, and remember the call if it is one of training that found a loss."""
-        if not self._trainer.training:  # validation_step may call it too
+        if not self.trainer.training:  # validation_step may call it too
             return self._step(*args, **kwargs)
         rng, buffers = RngState.capture(), self.buffers()
-        progress = [state.state_dict() for state in _progress(self._trainer)]
+        progress = [state.state_dict() for state in _progress(self.trainer)]
         output = self._step(*args, **kwargs)
         loss = _loss_of(output)
         if loss is not None:
@@ -122,8 +141,8 @@ class TrainingLoss:
         if not calls:
             return None
         # The number of accumulated batches may follow a schedule of its own.
-        again = StepLoss(self, calls, self._trainer.accumulate_grad_batches)
-        if not self._checked and bool(calls[-1].value.isfinite()):
+        again = StepLoss(self, calls, self.trainer.accumulate_grad_batches)
+        if not self._checked and not anyone(self.trainer, not bool(calls[-1].value.isfinite())):
             self._check_replay(calls, again)
             self._checked = True
         return again
@@ -132,7 +151,7 @@ class TrainingLoss:
         self, call: _Call, buffers: dict[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a call, from the buffers of then or from other ones; and what it makes of those other ones."""
-        trainer, module = self._trainer, self._module
+        trainer, module = self.trainer, self._module
         with (
             preserved_rng(),
             quietly(trainer, module),
@@ -171,10 +190,11 @@ class TrainingLoss:
 
     def _check_replay(self, calls: list[_Call], again: Callable[[], torch.Tensor]) -> None:
         name = type(self._module).__name__
-        half = str(self._trainer.precision) not in ("32-true", "64-true", "32", "64")
+        half = str(self.trainer.precision) not in ("32-true", "64-true", "32", "64")
         tolerance = 0.02 if half else 1e-3
         value, expected = self.evaluate(calls[-1])[0].item(), calls[-1].value.item()
-        if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-6):
+        # Ranks have other batches, and must go on alike.
+        if anyone(self.trainer, not math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-6)):
             raise NotDifferentiableError(
                 f"{name}.training_step gives another loss ({value:.6g}, not {expected:.6g}) when it is run again on "
                 "the same batch with the same random streams and buffers: it changes its batch in place, or depends "
@@ -184,7 +204,8 @@ class TrainingLoss:
         if not self._exact:
             return
         params = [p for p in self._module.parameters() if p.requires_grad and p.grad is not None]
-        grads: Sequence[Any] = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
+        own = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
+        grads: Sequence[Any] = self.mean(own, params)
         if self.clipping is not None:
             grads = self.clipping.applied(grads)
         off = sum(float((g - p.grad).norm().square()) for g, p in zip(grads, params, strict=True) if p.grad is not None)
@@ -198,15 +219,24 @@ class TrainingLoss:
 
 
 class StepLoss:
-    """The loss of one optimizer step: called, it is evaluated as the step saw it."""
+    """The loss of one optimizer step: called, it is evaluated as the step saw it, on this rank's batches."""
 
     def __init__(self, owner: TrainingLoss, calls: list[_Call], accumulated: int) -> None:
         self._owner, self._calls, self._accumulated = owner, calls, accumulated
 
+    def as_stepped(self) -> Callable[[], torch.Tensor]:
+        """The loss whose gradient the step takes: that of all ranks, clipped."""
+        loss: Callable[[], torch.Tensor] = self
+        if self._owner.ranks > 1:
+            loss = SharedLoss(loss, self._owner.mean)
+        clipping = self._owner.clipping
+        return loss if clipping is None else ClippedLoss(loss, clipping)
+
     @property
     def value(self) -> float:
-        """What the step found."""
-        return float(torch.stack([call.value.float().reshape(()) for call in self._calls]).sum()) / self._accumulated
+        """What the step found, the mean over ranks."""
+        found = torch.stack([call.value.float().reshape(()) for call in self._calls]).sum() / self._accumulated
+        return float(mean(self._owner.trainer, found))
 
     def __call__(self) -> torch.Tensor:
         self._owner.evaluations += 1
@@ -219,19 +249,22 @@ class StepLoss:
         """The same batches and randomness for other weights and buffers, those that stand in the module now.
 
         Returns:
-            the loss, its gradients (None where it does not depend on a parameter), and the buffers afterwards.
+            the loss and its gradients (None where it does not depend on a parameter), means over ranks, and the
+            buffers afterwards.
         """
         owner = self._owner
         owner.evaluations += 1
         scale = owner.loss_scale
-        buffers, value = owner.buffers(), 0.0
+        buffers, value = owner.synchronized(owner.buffers()), 0.0
         total: list[torch.Tensor | None] = [None] * len(params)
         for call in self._calls:
             loss, buffers = owner.evaluate(call, buffers)
             grads = torch.autograd.grad(loss * (scale / self._accumulated), params, allow_unused=True)
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
             value += float(loss.detach()) / self._accumulated
-        return value, total if scale == 1.0 else [None if t is None else t / scale for t in total], buffers
+        value = float(mean(owner.trainer, torch.tensor(value)))
+        total = owner.mean([t if t is None or scale == 1.0 else t / scale for t in total], params)
+        return value, total, buffers
 
 
 class _Recorder:
@@ -279,14 +312,12 @@ def _loss_of(output: Any) -> torch.Tensor | None:
     return loss if isinstance(loss, torch.Tensor) else None
 
 
-def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def _check(module: pl.LightningModule, *, exact: bool) -> None:
     why = None
     if not module.automatic_optimization:
         why = "manual optimization, where a step may take its gradient from anywhere"
-    elif is_overridden("configure_gradient_clipping", module):
+    elif exact and is_overridden("configure_gradient_clipping", module):
         why = f"{type(module).__name__}.configure_gradient_clipping, which changes the gradient on its way"
-    elif type(trainer.strategy) is not SingleDeviceStrategy:
-        why = f"{type(trainer.strategy).__name__}"
     if why is not None:
         raise ConfigurationError(
             "This estimator, or a hyperparameter in the loss, evaluates the training loss of a step again, which is "

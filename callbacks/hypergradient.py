@@ -66,7 +66,7 @@ class HyperGradient(pl.Callback):
             decay, and every `Hyperparameter` that the module has.
         estimator: how the hypergradient is computed. Default: `Online()`, one step ahead. `Forward()`, `Unrolled()`,
             `Implicit()`, and `Online()` with hyperparameters in the loss, evaluate training losses again; that is
-            possible with one optimizer and automatic optimization, on one device.
+            possible with one optimizer and automatic optimization.
         monitor: the key under which `validation_step` logs the loss. Where it logs none, what it returns is taken.
         mode: `"min"` if a smaller monitored value is better, `"max"` if a larger one is.
         val_dataloaders: the hyper-validation data, one loader. None takes the Trainer's validation data, and says

@@ -16,7 +16,7 @@ from hypergrad.controllers.race import Race, best_arms
 from hypergrad.controllers.readout import Best, Readout
 from hypergrad.controllers.rewind import Rewind
 from hypergrad.controllers.shape import Cosine, Linear, Shape
-from hypergrad.curvature import Curvature, Exact, FiniteDifference
+from hypergrad.curvature import Curvature, Exact, FiniteDifference, SharedLoss
 from hypergrad.data import split
 from hypergrad.errors import (
     ConfigurationError,
@@ -88,6 +88,7 @@ __all__ = [
     "RngState",
     "Schedule",
     "Shape",
+    "SharedLoss",
     "Softplus",
     "Solution",
     "Solver",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from hypergrad.autodiff import requiring_grad
-from hypergrad.curvature import Evaluation, check_same
+from hypergrad.curvature import Evaluation, SharedLoss, check_same, mean_of
 from hypergrad.errors import ConfigurationError
 
 _Map = Callable[[Sequence[torch.Tensor | None]], list[torch.Tensor | None]]
@@ -79,14 +79,12 @@ class Clipping:
         return along
 
 
-class ClippedLoss:
+class ClippedLoss(SharedLoss):
     """A training loss whose gradient is clipped before the step is taken: callable like any other `Evaluation`."""
 
     def __init__(self, loss: Evaluation, clipping: Clipping) -> None:
-        self._loss, self._clipping = loss, clipping
-
-    def __call__(self) -> torch.Tensor:
-        return self._loss()
+        super().__init__(loss, mean_of(loss))
+        self._clipping = clipping
 
     def gradients(
         self, params: Sequence[torch.Tensor], clipped: Sequence[torch.Tensor | None]
@@ -101,9 +99,10 @@ class ClippedLoss:
             NotDifferentiableError: if the gradient of this loss, clipped, is another one.
         """
         with requiring_grad(params), torch.enable_grad():
-            raw = torch.autograd.grad(self._loss(), list(params), allow_unused=True, materialize_grads=True)
+            own = torch.autograd.grad(self._loss(), list(params), allow_unused=True, materialize_grads=True)
+        raw = [g for g in self.mean(own, params) if g is not None]
         check_same(self._clipping.applied(raw), clipped)
-        return list(raw), self._clipping.jacobian(raw)
+        return raw, self._clipping.jacobian(raw)
 
 
 def _norm(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -22,6 +22,8 @@ Evaluation = Callable[[], torch.Tensor]
 # One entry per input, in its shape; None stands for zero.
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
+# The mean over processes of rows, each of the shape of a tensor in the second argument.
+Mean = Callable[[Vector, Sequence[torch.Tensor]], list[torch.Tensor | None]]
 
 # Nodes of kernels that have no second derivative where others that compute the same have one.
 _FUSED = {
@@ -40,6 +42,29 @@ _WRONG_TWICE = {
     "torch::autograd::Error": "a torch.autograd.Function that is marked once_differentiable",
     "WeightNormInterfaceBackward0": "torch's fused weight_norm, whose second derivative is wrong",
 }
+
+
+class SharedLoss:
+    """The part of a training loss that this process evaluates, where several take the mean of their gradients.
+
+    Callable like any other `Evaluation`.
+
+    Args:
+        loss: evaluates this part.
+        mean: the mean over all processes, each of which calls it at the same point.
+    """
+
+    def __init__(self, loss: Evaluation, mean: Mean) -> None:
+        self._loss = loss
+        self.mean = mean
+
+    def __call__(self) -> torch.Tensor:
+        return self._loss()
+
+
+def mean_of(loss: Evaluation) -> Mean:
+    """What turns gradients of an evaluation into those of the training loss."""
+    return loss.mean if isinstance(loss, SharedLoss) else lambda rows, _: list(rows)
 
 
 class TakenStep:
@@ -123,12 +148,13 @@ class Exact(Curvature):
     @contextmanager
     def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> Iterator[Product]:
         """See `Curvature.at`."""
+        mean = mean_of(loss)
         with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
             gradients = loss.gradients(inputs) if isinstance(loss, TakenStep) else None
             if gradients is None:
                 with _refusals():
                     gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
-                check_same(gradients, grads)
+                check_same(mean([None if g is None else g.detach() for g in gradients], inputs), grads)
             # A gradient without a graph is a constant: the loss is linear in that input.
             alive = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
             wrong = passes_through(list(alive.values()), set(_WRONG_TWICE))
@@ -140,17 +166,16 @@ class Exact(Curvature):
             def product(v: Vector) -> list[torch.Tensor | None]:
                 rows = [i for i in alive if v[i] is not None]
                 if not rows:
-                    return [None] * len(inputs)
+                    return mean([None] * len(inputs), inputs)
                 with _refusals():
-                    return list(
-                        torch.autograd.grad(
-                            [alive[i] for i in rows],
-                            list(inputs),
-                            [v[i] for i in rows],
-                            retain_graph=True,
-                            allow_unused=True,
-                        )
+                    found = torch.autograd.grad(
+                        [alive[i] for i in rows],
+                        list(inputs),
+                        [v[i] for i in rows],
+                        retain_graph=True,
+                        allow_unused=True,
                     )
+                return mean(found, inputs)
 
             yield product
 
@@ -185,12 +210,15 @@ class FiniteDifference(Curvature):
         """See `Curvature.at`."""
         step = self.step if self.step is not None else math.cbrt(max(torch.finfo(p.dtype).eps for p in inputs))
 
-        def gradient() -> tuple[torch.Tensor | None, ...]:
+        mean = mean_of(loss)
+
+        def gradient() -> list[torch.Tensor | None]:
             with torch.enable_grad():
-                return torch.autograd.grad(loss(), list(inputs), allow_unused=True)
+                found = torch.autograd.grad(loss(), list(inputs), allow_unused=True)
+            return mean(found, inputs)
 
         with requiring_grad(inputs), torch.no_grad():
-            here = tuple(grads) if all(g is not None for g in grads) else gradient()
+            here = list(grads) if all(g is not None for g in grads) else gradient()
             # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
             blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
 

@@ -21,6 +21,8 @@ from hypergrad import (
     Hold,
     Hyperparameter,
     HyperparameterError,
+    Implicit,
+    Neumann,
     NotDifferentiableError,
     Online,
     Unrolled,
@@ -227,6 +229,13 @@ def test_what_cannot_be_put_back_is_found_out(
         return  # evaluates within the step, where nothing has changed yet
     with pytest.raises(error, match=problem):
         _held(tmp_path, make(), estimator, STEPS)
+
+
+def test_where_a_minimum_lies_does_not_depend_on_clipping(tmp_path: Path) -> None:
+    estimator = Implicit(Neumann(3), damping=1.0)
+    here, clipped = (_held(tmp_path, make(lr=0.0), estimator, STEPS) for make in (Base, OwnClip))
+    assert [u.hypergradients for u in clipped.history] == [u.hypergradients for u in here.history]
+    assert clipped.history[-1].hypergradients["l2"] != 0.0
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
