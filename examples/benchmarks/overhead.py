@@ -4,7 +4,8 @@ The plain fit and the tuned ones run in one process and hand a baton on every fe
 stand still, so that a drift in the machine's speed meets all of them. Timed is the whole fit, its start, data loading,
 logging and validation loop included. The figure is the median over rounds. On a CPU torch works with one thread:
 two pools of threads on the same cores would wait for each other. The first task is the run of
-`examples/digits.py` with its logger and its validation loop; the others train and do nothing else. Measured are
+`examples/digits.py` with its logger and its validation loop; the others train and do nothing else, the last of them in
+bfloat16, with accumulation, clipping and a schedule. Measured are
 hypergradients alone, every so many steps, and all that `HyperGradient()` does by default: race, readout and what its
 budget leaves for hypergradients; fits of less than 400 steps are too short for that.
 Run: `make benchmark`, or `make gpu` on a machine with a CUDA device.
@@ -23,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ class Classifier(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+class Scheduled(Classifier):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 @dataclass(frozen=True)
 class Task:
     name: str
@@ -114,6 +123,8 @@ class Task:
     data: TensorDataset
     batch_size: int
     steps: int
+    module: type[Classifier] = Classifier
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Transformer(nn.Module):
@@ -152,6 +163,9 @@ def text(length: int) -> TensorDataset:
     return TensorDataset(tokens[:, :-1], tokens[:, 1:])
 
 
+REAL = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+
+
 def tasks(cuda: bool) -> list[Task]:
     vectors = TensorDataset(torch.randn(2048, 64), torch.randint(0, 10, (2048,)))
     images = TensorDataset(torch.randn(1024, 3, 32, 32), torch.randint(0, 10, (1024,)))
@@ -160,11 +174,13 @@ def tasks(cuda: bool) -> list[Task]:
             Task("perceptron, 2.1 M", lambda: perceptron(1400), vectors, 512, 400),
             Task("convolutional, 6.0 M", lambda: convolutional(256), images, 256, 200),
             Task("transformer, 10.8 M", lambda: Transformer(384, 6, 256), text(257), 32, 200),
+            Task("the same, as trained", lambda: Transformer(384, 6, 256), text(257), 32, 200, Scheduled, REAL),
         ]
     return [
         Task("perceptron, 26 k", lambda: perceptron(128), vectors, 64, 400),
         Task("convolutional, 24 k", lambda: convolutional(16), images, 32, 150),
         Task("transformer, 0.13 M", lambda: Transformer(64, 2, 64), text(65), 16, 150),
+        Task("the same, as trained", lambda: Transformer(64, 2, 64), text(65), 16, 100, Scheduled, REAL),
     ]
 
 
@@ -191,8 +207,9 @@ def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        **task.options,
     )
-    trainer.fit(Classifier(task.net()), DataLoader(train, task.batch_size, shuffle=True, drop_last=True))
+    trainer.fit(task.module(task.net()), DataLoader(train, task.batch_size, shuffle=True, drop_last=True))
 
 
 def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any) -> None:
