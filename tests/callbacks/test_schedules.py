@@ -71,3 +71,34 @@ def test_hand_written_warm_up_in_optimizer_step(tmp_path: Path) -> None:
     callback = HyperGradient(("lr",), val_dataloaders=data(seed=2), every_n_steps=1, controller=Hold())
     fit(WarmUp(), callback, tmp_path)
     assert [u.values["lr"] for u in callback.history[:3]] == pytest.approx([1e-4, 2e-4, 3e-4])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_steps_use_the_learned_value_whatever_becomes_of_the_groups(tmp_path: Path, loaded: bool) -> None:
+    """New group objects, a value set by hand, the same value again: each step has the factor on what stands there."""
+
+    class Reloads(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            if loaded:
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.param_groups[0]["lr"] = (0.01, 0.01, 0.005, 0.005, 0.01, 0.02)[batch_idx]
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(self.watch)
+            return optimizer
+
+        def watch(self, optimizer: Any, *_: Any) -> None:
+            factors.append(optimizer.param_groups[0]["lr"] / scheduled[len(factors)])
+
+    scheduled = (0.01, 0.01, 0.005, 0.005, 0.01, 0.02) * 3
+    factors: list[float] = []
+    callback = HyperGradient("lr", val_dataloaders=data(seed=2), every_n_steps=4)
+    fit(Reloads("SGD"), callback, tmp_path)
+    measured = [u.values["lr"] / scheduled[u.step - 1] for u in callback.history]
+    assert [factors[u.step - 1] for u in callback.history] == pytest.approx(measured)
+    # Between two hypergradients the factor is one and the same.
+    for at in range(4, 16, 4):
+        assert factors[at : at + 4] == pytest.approx([factors[at]] * 4)
+    assert len({round(f, 6) for f in factors}) == 5

@@ -176,7 +176,7 @@ def test_a_grid_runs_without_a_number_of_trials(tmp_path: Path) -> None:
         (("threshold", {"upper": 3.5}), {4}),
         (optuna.pruners.ThresholdPruner(upper=2.5), {3, 4}),
     ],
-    ids=str,
+    ids=lambda v: type(v).__name__ if isinstance(v, optuna.pruners.BasePruner) else str(v),
 )
 def test_pruners(tmp_path: Path, pruner: Any, stopped: set[int] | None) -> None:
     def train(trial: Trial) -> float:
