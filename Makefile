@@ -8,8 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)  ## train once, come out tuned: digits, plain against tuned against a random search
 	$(BIN)/python examples/digits.py
 
+# One process per core with one thread each: threads of several would wait for each other.
 test: $(STAMP)  ## linters, types, import rules, doctests, README and the whole suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 gpu: $(STAMP)  ## tests and benchmark that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
