@@ -83,10 +83,10 @@ class ClippedLoss:
     """A training loss whose gradient is clipped before the step is taken: callable like any other `Evaluation`."""
 
     def __init__(self, loss: Evaluation, clipping: Clipping) -> None:
-        self._loss, self._clipping = loss, clipping
+        self.loss, self.clipping = loss, clipping
 
     def __call__(self) -> torch.Tensor:
-        return self._loss()
+        return self.loss()
 
     def gradients(
         self, params: Sequence[torch.Tensor], clipped: Sequence[torch.Tensor | None]
@@ -101,9 +101,9 @@ class ClippedLoss:
             NotDifferentiableError: if the gradient of this loss, clipped, is another one.
         """
         with requiring_grad(params), torch.enable_grad():
-            raw = torch.autograd.grad(self._loss(), list(params), allow_unused=True, materialize_grads=True)
-        check_same(self._clipping.applied(raw), clipped)
-        return list(raw), self._clipping.jacobian(raw)
+            raw = torch.autograd.grad(self.loss(), list(params), allow_unused=True, materialize_grads=True)
+        check_same(self.clipping.applied(raw), clipped)
+        return list(raw), self.clipping.jacobian(raw)
 
 
 def _norm(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
