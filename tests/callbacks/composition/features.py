@@ -219,8 +219,18 @@ class ScheduleFree(Small):
             lambda params, **given: importlib.import_module("schedulefree").AdamWScheduleFree(params, **given)
         )
 
-    def on_train_epoch_start(self) -> None:
-        self.optimizers().optimizer.train()  # type: ignore[union-attr]
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.train()
+        return optimizer
+
+
+class Doubled(Small):
+    """Converted by its user: the average that Lightning keeps is not, where it comes before the Trainer's precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
 
 
 class Unfreezes(BaseFinetuning):
@@ -339,7 +349,7 @@ FEATURES = [
     Feature("foreach AdamW", lambda: Small(foreach=True)),
     Feature("BaseFinetuning, a group added later", HeadFirst, lambda: {"callbacks": [Unfreezes()]}),
     Feature("StochasticWeightAveraging", trainer=lambda: {"callbacks": [StochasticWeightAveraging(0.01, 1)]}),
-    Feature("EMAWeightAveraging", trainer=ema, available=hasattr(callbacks, "EMAWeightAveraging")),
+    Feature("EMAWeightAveraging", Doubled, trainer=ema, available=hasattr(callbacks, "EMAWeightAveraging")),
     Feature("frozen layers", Frozen),
     Feature("Lion, of lion-pytorch", **third_party("lion_pytorch", "Lion", lr=2e-3)),
     Feature("Prodigy, of prodigyopt", **third_party("prodigyopt", "Prodigy", lr=1.0, d0=1e-2)),
@@ -369,7 +379,11 @@ FEATURES = [
     Feature(
         "several validation loaders", loaders=lambda: {**loaders(), "val_dataloaders": [data(seed=1), data(seed=4)]}
     ),
-    Feature("hyper-validation on the Trainer's data", loaders=lambda: {**loaders(), "val_dataloaders": data(40, 40, seed=2)}, own_data=False),
+    Feature(
+        "hyper-validation on the Trainer's data",
+        loaders=lambda: {**loaders(), "val_dataloaders": data(40, 40, seed=2)},
+        own_data=False,
+    ),
     Feature("limit_train_batches, limit_val_batches", trainer=trainer(limit_train_batches=4, limit_val_batches=0.5)),
     Feature("overfit_batches=2", trainer=trainer(overfit_batches=2)),
     Feature("fast_dev_run=6", trainer=trainer(fast_dev_run=6)),

@@ -13,7 +13,7 @@ from tests.callbacks.composition.script import L2
 
 
 class Dense(pl.Callback):
-    """-d2L/(dtheta dl2) . (H + damping)^-1 grad L_val, of the losses of the last optimizer step, at the weights after it."""
+    """-d2L/(dtheta dl2) . (H + damping)^-1 grad L_val, of the losses of the last step at the weights after it."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done = steps, 0
