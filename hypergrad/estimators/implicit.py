@@ -128,7 +128,7 @@ class _ImplicitTracker(Tracker):
 
         with ExitStack() as stack:
             products = [
-                stack.enter_context(self._estimator.curvature.at(loss, inputs, [None] * len(inputs)))
+                stack.enter_context(self._estimator.curvature.at_minimum(loss, inputs, [None] * len(inputs)))
                 for loss in self._losses
             ]
 
