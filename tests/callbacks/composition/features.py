@@ -384,7 +384,11 @@ FEATURES = [
         loaders=lambda: {**loaders(), "val_dataloaders": data(40, 40, seed=2)},
         own_data=False,
     ),
-    Feature("limit_train_batches, limit_val_batches", trainer=trainer(limit_train_batches=4, limit_val_batches=0.5), slow=True),
+    Feature(
+        "limit_train_batches, limit_val_batches",
+        trainer=trainer(limit_train_batches=4, limit_val_batches=0.5),
+        slow=True,
+    ),
     Feature("overfit_batches=2", trainer=trainer(overfit_batches=2)),
     Feature("fast_dev_run=6", trainer=trainer(fast_dev_run=6)),
     Feature("val_check_interval=2", trainer=trainer(val_check_interval=2)),
