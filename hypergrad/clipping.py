@@ -102,6 +102,7 @@ class ClippedLoss:
         """
         with requiring_grad(params), torch.enable_grad():
             raw = torch.autograd.grad(self.loss(), list(params), allow_unused=True, materialize_grads=True)
+        raw = tuple(g.detach() for g in raw)
         check_same(self.clipping.applied(raw), clipped)
         return list(raw), self.clipping.jacobian(raw)
 

@@ -92,8 +92,8 @@ SETTINGS = {
         {**ORDINARY, "accumulate_grad_batches": 2},
     ),
     **{name: _real(lambda m, make=make: {**make(m), "every_n_steps": 2}) for name, make in ESTIMATORS.items()},
-    "composition": _real(lambda m: {**COMPOSITION, "every_n_steps": 2}),
-    "composition, unrolled": _real(lambda m: {**COMPOSITION, "estimator": Unrolled(3), "every_n_steps": 2}),
+    "composition": _real(lambda m: {**COMPOSITION, "every_n_steps": 2}, checkpoint=2),
+    "composition, unrolled": _real(lambda m: {**COMPOSITION, "estimator": Unrolled(3), "every_n_steps": 2}, 2),
     "default": _real(lambda m: {}, checkpoint=7, epochs=110),
 }
 

@@ -123,9 +123,9 @@ def test_every_estimator(tmp_path: Path, start: Start, estimator: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "batches", "saved", "racing"),
     [
-        ("composition", 7, 3, True),
-        ("composition", 19, 9, False),
-        ("composition, unrolled", 19, 9, False),
+        ("composition", 5, 2, True),
+        ("composition", 19, 10, False),
+        ("composition, unrolled", 19, 10, False),
         pytest.param("default", 17, 7, True, marks=pytest.mark.slow),
         pytest.param("default", 400, 224, False, marks=pytest.mark.slow),
     ],
