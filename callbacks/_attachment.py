@@ -24,6 +24,7 @@ from hypergrad import (
     split_groups,
 )
 from hypergrad.callbacks._history import Stopwatch
+from hypergrad.callbacks._recorded import read_back, write_down
 from hypergrad.callbacks._training import StepLoss, TrainingLoss
 
 
@@ -186,6 +187,20 @@ class Attachment:
                     *(key, h, scheduled, value, hypergradients[h.name][i]), None if scale is None else scale[i]
                 )
         return list(found.values())
+
+    def tracker_state(self) -> dict[str, Any] | None:
+        """What the tracker carries, and the losses that it looks back at; None where a checkpoint cannot hold them."""
+        try:
+            losses = [None if loss is None else write_down(loss) for loss in self.tracker.losses]
+        except TypeError:
+            return None
+        return {"tracker": self.tracker.state_dict(), "losses": losses}
+
+    def load_tracker_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue as the attachment that returned `state`."""
+        owner = self.training_loss
+        losses = [None if loss is None or owner is None else read_back(loss, owner, device) for loss in state["losses"]]
+        self.tracker.load_state_dict(state["tracker"], losses)
 
     def place_lr(self, offset: float) -> None:
         """Let the learning rates of all param groups be `exp(offset)` times what the schedule says."""

@@ -9,13 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Readout, Tuner
+from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Readout, Tuner, UnsupportedOptimizerError
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
 from hypergrad.callbacks._race import Heat
 from hypergrad.callbacks._readout import Keeper
-from hypergrad.callbacks._training import TrainingLoss
+from hypergrad.callbacks._training import StepLoss, TrainingLoss
 from hypergrad.callbacks._validation import Score
 
 
@@ -63,7 +63,7 @@ class Pieces:
             if attachment.training_loss is None:
                 self._training_loss = attachment.training_loss = TrainingLoss(trainer, module, exact=False)
                 attachment.without_replay = self._cancel
-            attachment.stepped = self._heat.after_step
+            attachment.stepped = self._let_others_step
             attachment.measures = False
 
     @property
@@ -184,6 +184,14 @@ class Pieces:
         self._evaluations, self._score.evaluations = state["evaluations"]
         if self._training_loss is not None:
             self._training_loss.evaluations = self._evaluations
+
+    def _let_others_step(self, loss: StepLoss | None) -> None:
+        if self._heat is None:
+            return
+        try:
+            self._heat.after_step(loss)
+        except UnsupportedOptimizerError as error:
+            self._cancel(error)
 
     def _cancel(self, error: HypergradError) -> None:
         rank_zero_info(

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from hypergrad import Cosine, Race, Readout, Rewind, Shape
+from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind, Shape
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
 _ON_READOUT = 0.24
@@ -78,11 +80,21 @@ def make_plan(
         update_cost: gradients that an update takes.
         available: batches of hyper-validation data, where that is known.
         continues: whether a run with a plan goes on from a checkpoint.
+
+    Raises:
+        ConfigurationError: for a readout beside a callback that averages weights.
     """
     total = trainer.estimated_stepping_batches
     steps = int(total) if math.isfinite(total) and total > 0 else None
     extra = wishes.budget - 1.0
+    averaging = _averaging(trainer)
+    if averaging and wishes.readout not in ("auto", None):
+        raise ConfigurationError(
+            f"{averaging} and `readout` would both decide which weights the module ends with: use one of them."
+        )
     obstacle = _obstacle(trainer, module, learns_lr, steps)
+    if averaging:
+        obstacle = obstacle or f"{averaging} would average the weights of several arms"
     if trainer.global_step and not continues:
         obstacle = obstacle or f"the run is under way, at step {trainer.global_step}"
     race, why = _race(wishes, obstacle, steps, extra)
@@ -143,6 +155,13 @@ def _race(wishes: Wishes, why: str, steps: int | None, extra: float) -> tuple[Ra
 def _length(race: Race | None, steps: int) -> int:
     ends = race.ends(steps) if race is not None else []
     return ends[-1][0] if ends else 0
+
+
+def _averaging(trainer: pl.Trainer) -> str:
+    """The callback that averages weights, if there is one."""
+    kinds = [StochasticWeightAveraging, *filter(None, [getattr(callbacks, "WeightAveraging", None)])]  # from 2.6 on
+    found = [type(c).__name__ for c in trainer.callbacks if isinstance(c, tuple(kinds))]  # type: ignore[attr-defined]
+    return found[0] if found else ""
 
 
 def _obstacle(trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, steps: int | None) -> str:

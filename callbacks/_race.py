@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from hypergrad import Race, TrainingState, best_arms, live_tensors, write_tensors
+from hypergrad import Race, TrainingState, UnsupportedOptimizerError, best_arms, live_tensors, write_tensors
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._training import StepLoss
 
@@ -62,7 +63,11 @@ class Heat:
         return self.rates[self.live]
 
     def after_step(self, loss: StepLoss | None) -> None:
-        """Let every other arm take the step that the live one has just taken."""
+        """Let every other arm take the step that the live one has just taken.
+
+        Raises:
+            UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
+        """
         self._step += 1
         if loss is not None:
             self._averaged += 1
@@ -128,9 +133,26 @@ class Heat:
         )
         self._attachment.place_lr(self._offset(arm))
         with torch.no_grad():
-            self._attachment.step_again()
+            if self._averaged == 1:
+                self._check_groups(self._attachment.step_again)
+            else:
+                self._attachment.step_again()
         write_tensors(self._module, buffers)
         return value
+
+    def _check_groups(self, step: Callable[[], None]) -> None:
+        """An arm has parameters and `state` of its own, but no param groups."""
+        optimizer = self._attachment.optimizer
+        before = [{k: copy.copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        step()
+        for group, settings in zip(optimizer.param_groups, before, strict=True):
+            changed = [k for k, v in settings.items() if isinstance(v, (int, float)) and group[k] != v]
+            group.update({k: settings[k] for k in changed})
+            if changed:
+                self._attachment.place_lr(self._offset(self.live))
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} keeps {changed[0]!r} in its param groups from step to step"
+                )
 
     @torch.no_grad()
     def _add_to_mean(self, arm: int) -> None:

@@ -245,7 +245,7 @@ class Run:
             "controller": kind_of(self._tuner.controller),
             "tuner": self._tuner.state_dict(),
             "estimator": type(self._settings.estimator).__name__,
-            "trackers": [a.tracker.state_dict() for a in self._attachments],
+            "trackers": [a.tracker_state() for a in self._attachments],
             "optimizer_steps": [a.steps for a in self._attachments],
             "measured_at": [a.measured_at for a in self._attachments],
             "stream": self._stream.state_dict(),
@@ -254,6 +254,7 @@ class Run:
             "training_batches": self.training_batches,
             "gradients": self.gradients,
             "products": self._products,
+            "replays": 0 if self._training_loss is None else self._training_loss.evaluations,
             "diagnostics": [list(map(list, self._monitored)), list(self._predicted), self._foretold],
             "pieces": None if self._pieces is None else self._pieces.state_dict(),
             "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
@@ -281,6 +282,8 @@ class Run:
         self.first_values = dict(state["first_values"])
         self.training_batches, self.gradients = state["training_batches"], state["gradients"]
         self._products = state["products"]
+        if self._training_loss is not None:
+            self._training_loss.evaluations = state["replays"]
         device = self._trainer.strategy.root_device
         self._watch, self._training_watch, self._tracking_watch = (Stopwatch(device, s) for s in state["seconds"])
         for attachment in self._attachments:
@@ -338,13 +341,14 @@ class Run:
 
     def _load_trackers(self, state: dict[str, Any]) -> None:
         estimator = self._settings.estimator
-        if state["estimator"] == type(estimator).__name__ and estimator.resumes:
+        if state["estimator"] == type(estimator).__name__ and None not in state["trackers"]:
             for attachment, saved in zip(self._attachments, state["trackers"], strict=False):
-                attachment.tracker.load_state_dict(saved)
+                attachment.load_tracker_state(saved, self._trainer.strategy.root_device)
         elif estimator.needs_every_step:
             rank_zero_warn(
-                f"{type(estimator).__name__} looks back at steps that a checkpoint does not hold: the run continues, "
-                "but its hypergradients see only what comes after the checkpoint."
+                f"{type(estimator).__name__} looks back at steps that the checkpoint does not hold (it was written "
+                "with another estimator, or batches are not tensors, numbers and strings in lists, tuples and "
+                "dictionaries): the run continues, but its hypergradients see only what comes after the checkpoint."
             )
 
     def _learned(self, label: str, value: float) -> str:

@@ -28,7 +28,7 @@ from hypergrad.callbacks._quietly import quietly
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of `training_step`: what it was given, what stood where, and what it found."""
 
     args: tuple[Any, ...]
@@ -56,7 +56,7 @@ class TrainingLoss:
         self.evaluations = 0
         self.trainer = trainer
         self._module = module
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._went_back: list[bool] = []  # of each call, whether its loss has been differentiated
         self._checked = False
         self._step: Callable[..., Any] = module.training_step
@@ -113,7 +113,7 @@ class TrainingLoss:
         output = self._step(*args, **kwargs)
         loss = _loss_of(output)
         if loss is not None:
-            self._calls.append(_Call(args, kwargs, rng, buffers, progress, loss.detach()))
+            self._calls.append(Call(args, kwargs, rng, buffers, progress, loss.detach()))
             self._went_back.append(False)
         return output
 
@@ -148,7 +148,7 @@ class TrainingLoss:
         return again
 
     def evaluate(
-        self, call: _Call, buffers: dict[str, torch.Tensor] | None = None
+        self, call: Call, buffers: dict[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a call, from the buffers of then or from other ones; and what it makes of those other ones."""
         trainer, module = self.trainer, self._module
@@ -188,7 +188,7 @@ class TrainingLoss:
                 owner, _, leaf = name.rpartition(".")
                 setattr(self._module.get_submodule(owner), leaf, then[name].clone())
 
-    def _check_replay(self, calls: list[_Call], again: Callable[[], torch.Tensor]) -> None:
+    def _check_replay(self, calls: list[Call], again: Callable[[], torch.Tensor]) -> None:
         name = type(self._module).__name__
         half = str(self.trainer.precision) not in ("32-true", "64-true", "32", "64")
         tolerance = 0.02 if half else 1e-3
@@ -221,8 +221,9 @@ class TrainingLoss:
 class StepLoss:
     """The loss of one optimizer step: called, it is evaluated as the step saw it, on this rank's batches."""
 
-    def __init__(self, owner: TrainingLoss, calls: list[_Call], accumulated: int) -> None:
-        self._owner, self._calls, self._accumulated = owner, calls, accumulated
+    def __init__(self, owner: TrainingLoss, calls: list[Call], accumulated: int) -> None:
+        self.calls, self.accumulated = calls, accumulated
+        self._owner = owner
 
     def as_stepped(self) -> Callable[[], torch.Tensor]:
         """The loss whose gradient the step takes: that of all ranks, clipped."""
@@ -235,13 +236,13 @@ class StepLoss:
     @property
     def value(self) -> float:
         """What the step found, the mean over ranks."""
-        found = torch.stack([call.value.float().reshape(()) for call in self._calls]).sum() / self._accumulated
+        found = torch.stack([call.value.float().reshape(()) for call in self.calls]).sum() / self.accumulated
         return float(mean(self._owner.trainer, found))
 
     def __call__(self) -> torch.Tensor:
         self._owner.evaluations += 1
-        losses = [self._owner.evaluate(call)[0] for call in self._calls]
-        return torch.stack(losses).sum() / self._accumulated
+        losses = [self._owner.evaluate(call)[0] for call in self.calls]
+        return torch.stack(losses).sum() / self.accumulated
 
     def gradients(
         self, params: Sequence[torch.Tensor]
@@ -257,11 +258,11 @@ class StepLoss:
         scale = owner.loss_scale
         buffers, value = owner.synchronized(owner.buffers()), 0.0
         total: list[torch.Tensor | None] = [None] * len(params)
-        for call in self._calls:
+        for call in self.calls:
             loss, buffers = owner.evaluate(call, buffers)
-            grads = torch.autograd.grad(loss * (scale / self._accumulated), params, allow_unused=True)
+            grads = torch.autograd.grad(loss * (scale / self.accumulated), params, allow_unused=True)
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
-            value += float(loss.detach()) / self._accumulated
+            value += float(loss.detach()) / self.accumulated
         value = float(mean(owner.trainer, torch.tensor(value)))
         total = owner.mean([t if t is None or scale == 1.0 else t / scale for t in total], params)
         return value, total, buffers

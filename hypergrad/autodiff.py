@@ -32,7 +32,8 @@ def gradient(
     with without_gradient_hooks(params, module):
         scaled = loss if scale == 1.0 else scale * loss
         gradients = torch.autograd.grad(scaled, list(params), allow_unused=True, materialize_grads=True)
-    return gradients if scale == 1.0 else tuple(g / scale for g in gradients)
+    # The zeros that torch fills in required a gradient until 2.8.
+    return tuple(g.detach() if scale == 1.0 else g.detach() / scale for g in gradients)
 
 
 def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:

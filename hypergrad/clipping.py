@@ -84,7 +84,7 @@ class ClippedLoss(SharedLoss):
 
     def __init__(self, loss: Evaluation, clipping: Clipping) -> None:
         super().__init__(loss, mean_of(loss))
-        self._clipping = clipping
+        self.clipping = clipping
 
     def gradients(
         self, params: Sequence[torch.Tensor], clipped: Sequence[torch.Tensor | None]
@@ -99,10 +99,10 @@ class ClippedLoss(SharedLoss):
             NotDifferentiableError: if the gradient of this loss, clipped, is another one.
         """
         with requiring_grad(params), torch.enable_grad():
-            own = torch.autograd.grad(self._loss(), list(params), allow_unused=True, materialize_grads=True)
-        raw = [g for g in self.mean(own, params) if g is not None]
-        check_same(self._clipping.applied(raw), clipped)
-        return raw, self._clipping.jacobian(raw)
+            own = torch.autograd.grad(self.loss(), list(params), allow_unused=True, materialize_grads=True)
+        raw = [g for g in self.mean([g.detach() for g in own], params) if g is not None]
+        check_same(self.clipping.applied(raw), clipped)
+        return raw, self.clipping.jacobian(raw)
 
 
 def _norm(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

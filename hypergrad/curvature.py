@@ -55,11 +55,11 @@ class SharedLoss:
     """
 
     def __init__(self, loss: Evaluation, mean: Mean) -> None:
-        self._loss = loss
+        self.loss = loss
         self.mean = mean
 
     def __call__(self) -> torch.Tensor:
-        return self._loss()
+        return self.loss()
 
 
 def mean_of(loss: Evaluation) -> Mean:
@@ -130,6 +130,12 @@ class Curvature(ABC):
             NotDifferentiableError: if the loss cannot be differentiated as often as is needed.
         """
 
+    def at_minimum(
+        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector
+    ) -> AbstractContextManager[Product]:
+        """The same where a gradient of 0 says nothing about the curvature."""
+        return self.at(loss, inputs, grads)
+
 
 @dataclass(frozen=True)
 class Exact(Curvature):
@@ -175,7 +181,8 @@ class Exact(Curvature):
                         retain_graph=True,
                         allow_unused=True,
                     )
-                return mean(found, inputs)
+                # A row may be a tensor of the graph itself, and would keep it.
+                return mean([None if row is None else row.detach() for row in found], inputs)
 
             yield product
 
@@ -205,9 +212,18 @@ class FiniteDifference(Curvature):
         if self.step is not None and not 0.0 < self.step < 1.0:
             raise ConfigurationError(f"`step` must lie in (0, 1), but got {self.step!r}.")
 
-    @contextmanager
-    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> Iterator[Product]:
+    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> AbstractContextManager[Product]:
         """See `Curvature.at`."""
+        return self._at(loss, inputs, grads, dead=True)
+
+    def at_minimum(
+        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector
+    ) -> AbstractContextManager[Product]:
+        """See `Curvature.at_minimum`."""
+        return self._at(loss, inputs, grads, dead=False)
+
+    @contextmanager
+    def _at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, dead: bool) -> Iterator[Product]:
         step = self.step if self.step is not None else math.cbrt(max(torch.finfo(p.dtype).eps for p in inputs))
 
         mean = mean_of(loss)
@@ -237,7 +253,7 @@ class FiniteDifference(Curvature):
                             # An element whose gradient is exactly 0 stays so: a dead unit, a row of an embedding that
                             # the batch lacks. Adam divides by the root of its second moment, 0, and would make of a
                             # unit that the difference wakes up a tangent of 1 / eps.
-                            change = _quotient(a, b, length.to(a))
+                            change = _quotient(a, b, length.to(a), dead)
                             known = result[i]
                             result[i] = change if known is None else known + change
                 return result
@@ -245,11 +261,13 @@ class FiniteDifference(Curvature):
             yield product
 
 
-def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """(a - b) / length, and 0 where b is."""
+def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, dead: bool) -> torch.Tensor:
+    """(a - b) / length; if `dead`, 0 where b is."""
     result, count = torch.empty_like(b, memory_format=torch.contiguous_format), pieces_of(b)
     for x, y, target in zip(pieces(a, count), pieces(b, count), pieces(result, count), strict=True):
-        torch.sub(x, y, out=target).div_(length).masked_fill_(y == 0.0, 0.0)
+        torch.sub(x, y, out=target).div_(length)
+        if dead:
+            target.masked_fill_(y == 0.0, 0.0)
     return result
 
 

@@ -83,6 +83,32 @@ class RngState:
         for generator, state in self._others:
             _set_state(generator, state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The global streams in plain containers.
+
+        Raises:
+            TypeError: where NumPy's global stream is not its usual one, or there are further generators.
+        """
+        if self._others or not isinstance(self._numpy, tuple):
+            raise TypeError("Only the global streams of the usual kinds can be written down.")
+        kind, keys, *rest = self._numpy
+        version, words, gauss = self._python
+        return {
+            "cpu": self._cpu,
+            "cuda": self._cuda,
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> RngState:
+        """The streams whose `state_dict` this is."""
+        kind, keys, *rest = state["numpy"]
+        version, words, gauss = state["python"]
+        python = version, tuple(words.tolist()), gauss
+        cuda = None if state["cuda"] is None else state["cuda"].cpu()
+        return cls(state["cpu"].cpu(), cuda, (kind, keys.cpu().numpy().astype(np.uint32), *rest), python, [])
+
     @staticmethod
     def seed(seed: int, generators: Sequence[Generator] = ()) -> None:
         """Start every stream from one seed."""

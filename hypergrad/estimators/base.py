@@ -86,12 +86,23 @@ class Tracker(ABC):
             gradients: the validation gradient of each tensor in `params`, in its shape.
         """
 
+    @property
+    def losses(self) -> Sequence[Evaluation | None]:
+        """The losses of earlier steps that later ones will be differentiated with; they are not in `state_dict`."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """What is carried from step to step: tensors, numbers and strings in plain containers."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most estimators carry nothing)
-        """Continue as the tracker that returned `state`, of the same optimizer and hyperparameters."""
+    def load_state_dict(  # noqa: B027 (most estimators carry nothing)
+        self, state: dict[str, Any], losses: Sequence[Evaluation | None] = ()
+    ) -> None:
+        """Continue as the tracker that returned `state`, of the same optimizer and hyperparameters.
+
+        Args:
+            losses: what its `losses` were, in their order.
+        """
 
 
 class Estimator(ABC):
@@ -101,11 +112,6 @@ class Estimator(ABC):
     def needs_every_step(self) -> bool:
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return False
-
-    @property
-    def resumes(self) -> bool:
-        """Whether `Tracker.state_dict` holds all that a tracker knows, so that a resumed run continues exactly."""
-        return True
 
     @abstractmethod
     def track(

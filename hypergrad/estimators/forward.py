@@ -206,7 +206,7 @@ class _ForwardTracker(Tracker):
             "paces": {_label(key): pace.state_dict() for key, pace in self._paces.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], losses: Sequence[Evaluation | None] = ()) -> None:  # noqa: ARG002
         """Continue as the tracker that returned `state`; tangents of hyperparameters that it did not have are 0."""
         params = self._all_params()
         self._steps = state["steps"]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -61,11 +62,6 @@ class Implicit(Estimator):
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return self.batches > 1
 
-    @property
-    def resumes(self) -> bool:
-        """Whether `Tracker.state_dict` holds all that a tracker knows; recorded batches are not saved."""
-        return self.batches == 1
-
     def track(
         self,
         optimizer: torch.optim.Optimizer,
@@ -104,6 +100,14 @@ class _ImplicitTracker(Tracker):
     def needs_loss(self) -> bool:
         return True
 
+    @property
+    def losses(self) -> list[Evaluation]:
+        return list(self._losses)[1 - self._estimator.batches :] if self._estimator.batches > 1 else []
+
+    def load_state_dict(self, state: dict[str, Any], losses: Sequence[Evaluation | None] = ()) -> None:  # noqa: ARG002
+        """Continue with the batches of another tracker."""
+        self._losses.extend(loss for loss in losses if loss is not None)
+
     def before_step(self, loss: Evaluation | None = None) -> None:
         if loss is None:
             raise HypergradError("Implicit needs the training loss of each step: call before_step(loss).")
@@ -124,7 +128,7 @@ class _ImplicitTracker(Tracker):
 
         with ExitStack() as stack:
             products = [
-                stack.enter_context(self._estimator.curvature.at(loss, inputs, [None] * len(inputs)))
+                stack.enter_context(self._estimator.curvature.at_minimum(loss, inputs, [None] * len(inputs)))
                 for loss in self._losses
             ]
 

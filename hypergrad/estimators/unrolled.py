@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ class Unrolled(Estimator):
 
     Exact over the recorded steps, like `Forward` over the same ones. Each costs one copy of the parameters, their
     gradients and the optimizer's state, keeps its batch alive, and takes one evaluation of its loss and one
-    Hessian-vector product on the way back, whatever the number of hyperparameters: memory grows with `steps`.
+    Hessian-vector product on the way back, whatever the number of hyperparameters: memory grows with `steps`, and so
+    does a checkpoint of the callback, which holds them.
 
     Reverse-HG of Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", algorithm 1;
     truncated after Shaban et al. 2019, "Truncated back-propagation for bilevel optimization". The trajectory is stored
@@ -65,11 +67,6 @@ class Unrolled(Estimator):
     def needs_every_step(self) -> bool:
         """Whether every step of a run must be tracked, and not only the one before a validation loss."""
         return self.steps != 1
-
-    @property
-    def resumes(self) -> bool:
-        """Whether `Tracker.state_dict` holds all that a tracker knows; recorded batches are not saved."""
-        return self.steps == 1
 
     def track(
         self,
@@ -110,6 +107,27 @@ class UnrolledTracker(Tracker):
     @property
     def needs_loss(self) -> bool:
         return bool(self._tensors) or self._estimator.steps != 1
+
+    @property
+    def losses(self) -> list[Evaluation | None]:
+        return [step.loss for step in self._carried]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The recorded steps that the next one will not push out."""
+        return {"count": self._count, "steps": [step.state_dict() for step in self._carried]}
+
+    def load_state_dict(self, state: dict[str, Any], losses: Sequence[Evaluation | None] = ()) -> None:
+        """Continue from the steps of the tracker that returned `state`; not where it had other tensors in its loss."""
+        self._count = state["count"]
+        known = {h.name: h for h in map(plain, self._hyperparameters)}
+        for saved, loss in zip(state["steps"], losses, strict=True):
+            if saved["tensors"].keys() == self._tensors.keys():
+                self._steps.append(_Step.restored(saved, self._optimizer, known, loss))
+
+    @property
+    def _carried(self) -> list[_Step]:
+        steps, limit = list(self._steps), self._estimator.steps
+        return steps if limit is None else steps[max(len(steps) - limit + 1, 0) :]
 
     def before_step(self, loss: Evaluation | None = None) -> None:
         if loss is None and self.needs_loss:
@@ -206,6 +224,28 @@ class _Step:
     values: dict[tuple[int, OptimizerHyperparameter], float]
     index: int
     tensors: dict[str, torch.Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the loss, in plain containers."""
+        return {
+            "record": self.record.state_dict(),
+            "values": [[group, h.name, value] for (group, h), value in self.values.items()],
+            "index": self.index,
+            "tensors": dict(self.tensors),
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        state: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+        known: Mapping[str, OptimizerHyperparameter],
+        loss: Evaluation | None,
+    ) -> _Step:
+        """The step whose `state_dict` this is; hyperparameters that are no longer known are left out."""
+        record = RecordedStep.restored(optimizer, state["record"])
+        values = {(group, known[name]): value for group, name, value in state["values"] if name in known}
+        return cls(record, loss, values, state["index"], dict(state["tensors"]))
 
 
 @contextmanager

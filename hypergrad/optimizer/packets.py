@@ -88,6 +88,29 @@ class Packet:
             counters=frozenset(counters),
         )
 
+    def state_dict(self, at: Mapping[torch.Tensor, int]) -> dict[str, Any]:
+        """Everything in plain containers, parameters by their position."""
+        return {
+            "group": self.group,
+            "params": [at[p] for p in self.params],
+            "param": self.param,
+            "grad": self.grad,
+            "state": dict(self.state),
+            "counters": sorted(self.counters),
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], params: Sequence[torch.Tensor]) -> Packet:
+        """The packet whose `state_dict` this is, of the parameters at those positions."""
+        own = [params[i] for i in state["params"]]
+        device, counters = own[0].device, frozenset(state["counters"])
+        # Counters stay on the host, where they were read to.
+        placed = {
+            k: v.to(device) if isinstance(v, torch.Tensor) and k not in counters else v
+            for k, v in state["state"].items()
+        }
+        return cls(state["group"], own, state["param"].to(device), state["grad"].to(device), placed, counters)
+
     def is_counter(self, key: str, value: torch.Tensor) -> bool:
         """Whether an entry of the state, which the step may just have made, is one number for all parameters."""
         return key in self.counters or _is_counter(key, value, self.params[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd.graph import allow_mutation_on_saved_tensors
@@ -157,8 +158,26 @@ class RecordedStep:
         self._packets = collect(optimizer, pack=pack)
         self._settings = _groups(optimizer.param_groups, [])
         moved = {p for packet in self._packets for p in packet.params}
-        everything = [p for group in optimizer.param_groups for p in group["params"]]
-        self._still = {p: p.detach().clone() for p in everything if p not in moved}
+        self._still = {p: p.detach().clone() for p in _params(optimizer) if p not in moved}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it holds, parameters by their position in the optimizer."""
+        at = {p: i for i, p in enumerate(_params(self._optimizer))}
+        return {
+            "packets": [packet.state_dict(at) for packet in self._packets],
+            "settings": [{k: v for k, v in group.items() if k != "params"} for group in self._settings],
+            "still": {at[p]: t for p, t in self._still.items()},
+        }
+
+    @classmethod
+    def restored(cls, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> RecordedStep:
+        """The step whose `state_dict` this is, of an optimizer of the same structure."""
+        step, params = cls.__new__(cls), _params(optimizer)
+        step._optimizer = optimizer
+        step._packets = [Packet.restored(saved, params) for saved in state["packets"]]
+        step._settings = [{**group, "params": []} for group in state["settings"]]
+        step._still = {params[i]: t.to(params[i].device) for i, t in state["still"].items()}
+        return step
 
     @property
     def moved(self) -> list[torch.Tensor]:
@@ -269,6 +288,10 @@ def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict
         change = packet.param.sub_(old).div_(secant)
         result.update(zip(packet.params, packet.split(change), strict=True))
     return result
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _groups(param_groups: Sequence[ParamGroup], packets: Sequence[Packet]) -> list[ParamGroup]:

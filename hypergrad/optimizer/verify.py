@@ -113,7 +113,8 @@ class _Problem:
         for _ in range(groups):
             params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self._shapes]
             settings.append(single_tensor_group(_detached(self._group), params) | _plain(self._group))
-        twin = shadow(self._optimizer, settings, {})
+        first = {p: _made_by_constructor(self._optimizer, group, p) for group in settings for p in group["params"]}
+        twin = shadow(self._optimizer, settings, {p: state for p, state in first.items() if state})
         for step in range(_WARM_UP + 1):
             for p in (p for group in twin.param_groups for p in group["params"]):
                 p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -320,6 +321,16 @@ class _Problem:
                 f"The step of {self._name}{setting} could not be tried on a problem of 15 numbers, as is done before "
                 f"anything is learned: {type(error).__name__}: {error}."
             ) from error
+
+
+def _made_by_constructor(
+    optimizer: torch.optim.Optimizer, group: ParamGroup, param: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """State that a parameter has before its first step: Adagrad's, in the older versions of torch."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return {}
+    accumulated = torch.full_like(param, group.get("initial_accumulator_value", 0.0))
+    return {"step": torch.tensor(0.0), "sum": accumulated}
 
 
 def _dot(a: StateVector, b: StateVector) -> float:

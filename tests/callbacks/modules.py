@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,16 @@ class Scheduled(Stateful):
 
 
 class Resumable:
-    """A training loader that remembers its place, as torchdata's StatefulDataLoader does."""
+    """A training loader that remembers its place, as torchdata's StatefulDataLoader does.
 
-    def __init__(self) -> None:
-        self.batches = list(data())
+    Args:
+        n: how many items it has.
+        shuffle: whether every epoch has the batches in an order of its own.
+    """
+
+    def __init__(self, n: int = 96, *, shuffle: bool = False) -> None:
+        self.batches = list(data(n))
+        self.shuffle = shuffle
         self.position = 0
 
     def __len__(self) -> int:
@@ -108,8 +115,12 @@ class Resumable:
 
     def __iter__(self) -> Iterator[Any]:
         # Lightning reads exactly `len` batches, so that this generator never gets to run past its last one.
-        for i in range(self.position % len(self), len(self)):
-            self.position = i + 1
+        epoch, start = divmod(self.position, len(self))
+        order = torch.arange(len(self))
+        if self.shuffle:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch))
+        for i in order[start:].tolist():
+            self.position += 1
             yield self.batches[i]
 
     def state_dict(self) -> dict[str, int]:
@@ -124,6 +135,13 @@ class Reseed(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         torch.manual_seed(1000 + trainer.global_step)
+
+
+def continuing(checkpoint: Any) -> dict[str, Any]:
+    """What `fit` is given to continue from a checkpoint; Lightning has `weights_only` from 2.6 on."""
+    if checkpoint is None or "weights_only" not in inspect.signature(pl.Trainer.fit).parameters:
+        return {"ckpt_path": checkpoint}
+    return {"ckpt_path": checkpoint, "weights_only": True}
 
 
 def trainer(tmp: Any = None, **kwargs: Any) -> pl.Trainer:

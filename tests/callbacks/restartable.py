@@ -1,15 +1,13 @@
-"""A training script that the same command starts and, after it was killed, continues; `test_kill.py` runs it.
-
-It begins once it has read a line, so that a successor can load its libraries before its turn.
-"""
+"""A training script that a process begins and, after it was killed, another continues; `test_kill.py` runs it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import signal
-import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,117 @@ import lightning.pytorch as pl
 import torch
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from hypergrad import (
+    Exact,
+    FiniteDifference,
+    Forward,
+    Implicit,
+    Linear,
+    Neumann,
+    Online,
+    Race,
+    Readout,
+    Rewind,
+    Unrolled,
+)
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Reseed, Resumable, Scheduled, Stateful, data, trainer
+from tests.callbacks.composition.features import Small
+from tests.callbacks.modules import Reseed, Resumable, Scheduled, Stateful, continuing, data, trainer
 
-# By name: the module, how many batches make a step, and how many steps lie between two hypergradients.
+HYPER = {"lr", "weight_decay"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A module, what the callback is given, how often a checkpoint is written, and the Trainer's other arguments."""
+
+    module: Callable[[], pl.LightningModule]
+    callback: Callable[[Any], dict[str, Any]]
+    checkpoint: int
+    loader: Callable[[], Resumable]
+    trainer: dict[str, Any]
+
+
+def _measured_every(n: int) -> Callable[[Any], dict[str, Any]]:
+    return lambda module: {"every_n_steps": n}
+
+
+def _scheduled() -> Small:
+    # BatchNorm, Dropout, a learned penalty and a schedule per step.
+    return Small(schedule=lambda optimizer: CosineAnnealingLR(optimizer, 20))
+
+
+def _real(callback: Callable[[Any], dict[str, Any]], checkpoint: int = 3, epochs: int = 4) -> Setting:
+    """Accumulated and clipped gradients, a shuffled loader; 7 batches make an epoch of 4 steps, the last of one."""
+    options = {"max_epochs": epochs, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    return Setting(_scheduled, callback, checkpoint, lambda: Resumable(112, shuffle=True), options)
+
+
+ESTIMATORS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "online": lambda m: {"estimator": Online(), "hyperparameters": ("lr", "weight_decay")},
+    "online, in the loss": lambda m: {"estimator": Online(), "hyperparameters": ("lr", m.l2)},
+    "forward, exact": lambda m: {"estimator": Forward(curvature=Exact()), "hyperparameters": ("lr", m.l2)},
+    "forward, difference": lambda m: {
+        "estimator": Forward(0.9, FiniteDifference()),
+        "hyperparameters": ("lr", "weight_decay"),
+    },
+    "unrolled": lambda m: {"estimator": Unrolled(3), "hyperparameters": ("lr", "weight_decay", m.l2)},
+    "implicit": lambda m: {"estimator": Implicit(Neumann(terms=3), damping=1.0), "hyperparameters": m.l2},
+    "implicit, several batches": lambda m: {
+        "estimator": Implicit(Neumann(terms=3), damping=1.0, batches=3),
+        "hyperparameters": m.l2,
+    },
+}
+COMPOSITION = {
+    "race": Race(rates=(1e-3, 1e-2), rungs=((0.15, 2), (0.35, 1)), forks=(0.5, 2.0), least=1),
+    "shape": Linear(),
+    "readout": Readout(checkpoints=4, batches=2),
+    "rewind": Rewind(),
+}
+ORDINARY = {"max_epochs": 4}
 SETTINGS = {
-    "adamw-scheduled": (Scheduled, 1, 3),
-    "sgd-accumulated": (lambda: Stateful("SGD", lr=0.1, momentum=0.9, weight_decay=0.01), 2, 1),
+    "adamw-scheduled": Setting(Scheduled, _measured_every(3), 4, Resumable, ORDINARY),
+    "sgd-accumulated": Setting(
+        *(lambda: Stateful("SGD", lr=0.1, momentum=0.9, weight_decay=0.01), _measured_every(1), 4, Resumable),
+        {**ORDINARY, "accumulate_grad_batches": 2},
+    ),
+    **{name: _real(lambda m, make=make: {**make(m), "every_n_steps": 2}) for name, make in ESTIMATORS.items()},
+    "composition": _real(lambda m: {**COMPOSITION, "every_n_steps": 2}, checkpoint=2),
+    "composition, unrolled": _real(lambda m: {**COMPOSITION, "estimator": Unrolled(3), "every_n_steps": 2}, 2),
+    "default": _real(lambda m: {}, checkpoint=7, epochs=110),
 }
 
 
-def wait() -> None:
-    """Go on when the parent writes a line; without a parent, end."""
-    if not sys.stdin.readline():
-        os._exit(1)
+class Line:
+    """What connects a training to the test: it says that it waits, and goes on when it is told to."""
 
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
-def pause() -> None:
-    """Tell the parent that now is the time to kill."""
-    print("paused", flush=True)
-    wait()
+    def pause(self) -> None:
+        """Tell the parent that now is the time to kill; without a parent, end."""
+        self._connection.send("paused")
+        try:
+            self._connection.recv()
+        except EOFError:
+            os._exit(1)
 
 
 class PauseBeforeBatch(pl.Callback):
     """Pauses once n batches have been trained on."""
 
-    def __init__(self, n: int) -> None:
-        self.left = n
+    def __init__(self, n: int, line: Line) -> None:
+        self.left, self.line = n, line
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.left == 0:
-            pause()
+            self.line.pause()
         self.left -= 1
 
 
-def pause_in_save(n: int) -> None:
+def pause_in_save(n: int, line: Line) -> None:
     """Pauses when half of the n-th last.ckpt has been written."""
     write, saves = LocalFileOpener.write, 0
 
@@ -62,7 +135,7 @@ def pause_in_save(n: int) -> None:
         if saves == n:
             write(file, content[: len(content) // 2])
             file.flush()
-            pause()
+            line.pause()
         return write(file, content)
 
     LocalFileOpener.write = write_half
@@ -77,47 +150,40 @@ class FirstStep(pl.Callback):
         self.step = trainer.global_step
 
 
-def train(setting: str, folder: Path, *callbacks: pl.Callback) -> None:
+def train(name: str, folder: Path, *callbacks: pl.Callback) -> None:
     """Train to the end, from the last checkpoint in the folder if there is one, and leave there what it came to."""
-    make, batches_per_step, every_n_steps = SETTINGS[setting]
+    setting = SETTINGS[name]
     torch.manual_seed(0)
-    module, first = make(), FirstStep()
-    learned = HyperGradient(val_dataloaders=data(40, 8, seed=2), every_n_steps=every_n_steps)
-    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_last=True)
+    module, first = setting.module(), FirstStep()
+    learned = HyperGradient(val_dataloaders=data(40, 8, seed=2), **setting.callback(module))
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=setting.checkpoint, save_last=True)
     fitted = trainer(
         folder,
         callbacks=[learned, saver, Reseed(), first, *callbacks],
-        max_epochs=4,
         enable_checkpointing=True,
-        accumulate_grad_batches=batches_per_step,
+        **setting.trainer,
     )
-    fitted.fit(module, Resumable(), data(seed=1), ckpt_path="last", weights_only=True)
+    fitted.fit(module, setting.loader(), data(seed=1), **continuing("last"))
     result = {
         "first_step": first.step,
         "weights": module.state_dict(),
         "optimizer": fitted.optimizers[0].state_dict(),
         "hyperparameters": learned.hyperparameters,
+        "tensors": learned.tensors,
         "history": [dataclasses.asdict(update) for update in learned.history],
+        "race": learned.race,
+        "ended_with": None if learned.ended_with is None else dataclasses.astuple(learned.ended_with),
     }
     torch.save(result, folder / "result.pt")
 
 
-def main() -> None:
-    """Train in one folder after another."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--pause-before-batch", type=int)
-    parser.add_argument("--pause-in-save", type=int)
-    options = parser.parse_args()
+def main(connection: Connection, name: str, folder: Path, before_batch: int | None, in_save: int | None) -> None:
+    """Train in a process that pauses where it is told to."""
     signal.alarm(300)  # what hangs must not hang the tests
-    wait()
-    callbacks = [] if options.pause_before_batch is None else [PauseBeforeBatch(options.pause_before_batch)]
-    if options.pause_in_save is not None:
-        pause_in_save(options.pause_in_save)
-    for folder in options.folders:
-        train(options.setting, folder, *callbacks)
-
-
-if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    # Checkpoints are written to a temporary file first, which only a rename on one file system moves at once.
+    tempfile.tempdir = str(folder.parent / "temporary")
+    line = Line(connection)
+    if in_save is not None:
+        pause_in_save(in_save, line)
+    train(name, folder, *([] if before_batch is None else [PauseBeforeBatch(before_batch, line)]))

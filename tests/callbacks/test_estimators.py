@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ from hypergrad import (
     Unrolled,
 )
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, data, fit, trainer
+from hypergrad.callbacks._history import Update
+from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, continuing, data, fit, trainer
 
 # Bad minima and bad curvature are reported as warnings; what they say is tested where it matters.
 pytestmark = pytest.mark.filterwarnings("ignore:HyperGradient at step")
@@ -224,7 +225,7 @@ def test_forward_resumes_bit_identically(tmp_path: Path, step: int) -> None:
         saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=step, monitor=None)
         options = {"max_epochs": 3, "enable_checkpointing": True, "num_sanity_val_steps": 0}
         fitted = trainer(folder, callbacks=[callback, saver, Reseed()], **options)
-        fitted.fit(module, Resumable(), data(seed=1), ckpt_path=resume, weights_only=True if resume else None)
+        fitted.fit(module, Resumable(), data(seed=1), **continuing(resume))
         return module.state_dict(), fitted.optimizers[0].state_dict(), callback.hyperparameters, callback.history
 
     whole = run(tmp_path / "whole")
@@ -234,13 +235,48 @@ def test_forward_resumes_bit_identically(tmp_path: Path, step: int) -> None:
     assert len(whole[3]) == 6
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Named(Resumable):
+    """Batches of a class that a checkpoint cannot hold as what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = [Pair(*batch) for batch in self.batches]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_without_the_recorded_steps_a_run_continues_and_says_so(tmp_path: Path) -> None:
+    def run(folder: Path, resume: Path | None = None) -> tuple[dict[str, Any], list[Update]]:
+        torch.manual_seed(0)
+        module = Regularized()
+        callback = HyperGradient(
+            estimator=Unrolled(3), every_n_steps=1, controller=Hold(), val_dataloaders=data(seed=2)
+        )
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=8, monitor=None)
+        options = {"max_epochs": 3, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+        trainer(folder, callbacks=[callback, saver], **options).fit(module, Named(), data(seed=1), **continuing(resume))
+        return module.state_dict(), callback.history
+
+    weights, history = run(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="Unrolled looks back at steps that the checkpoint does not hold"):
+        again, continued = run(tmp_path / "resumed", tmp_path / "whole" / "step=8.ckpt")
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+    # Of the three steps that the hypergradients of steps 9 and 10 look back at, some lie before the checkpoint.
+    same = [a.hypergradients == b.hypergradients for a, b in zip(continued, history, strict=True)]
+    assert same == [True] * 8 + [False] * 2 + [True] * 8
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
-def test_what_a_checkpoint_does_not_hold_is_said(tmp_path: Path) -> None:
-    make = lambda: HyperGradient(estimator=Unrolled(4), every_n_steps=3, val_dataloaders=data(seed=2))
-    fitted = fit(Regularized(), make(), tmp_path, max_epochs=1)
+def test_with_another_estimator_a_run_continues_and_says_so(tmp_path: Path) -> None:
+    make = lambda estimator: HyperGradient(estimator=estimator, every_n_steps=3, val_dataloaders=data(seed=2))
+    fitted = fit(Regularized(), make(Forward()), tmp_path, max_epochs=1)
     fitted.save_checkpoint(tmp_path / "one.ckpt")
-    again = trainer(tmp_path, callbacks=[make()], max_epochs=2)
-    with pytest.warns(UserWarning, match="Unrolled looks back at steps that a checkpoint does not hold"):
+    again = trainer(tmp_path, callbacks=[make(Unrolled(4))], max_epochs=2)
+    with pytest.warns(UserWarning, match="Unrolled looks back at steps that the checkpoint does not hold"):
         again.fit(Regularized(), data(), data(seed=1), ckpt_path=tmp_path / "one.ckpt")
 
 

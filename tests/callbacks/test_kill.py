@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,74 +13,80 @@ from typing import Any
 import pytest
 import torch
 
+from tests.callbacks import restartable
+
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 
-# From a setting and the option that makes it pause: a process to be killed, and its successor.
-Start = Callable[..., tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]]
+# Runs a setting in a process of its own: killed where it pauses, if it is told to, and to its end otherwise.
+Start = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Makes processes that have their libraries loaded: each is forked from one that does nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.callbacks.restartable"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the training script twice, and leaves no process behind."""
-    # Checkpoints are written to a temporary file first, which only a rename on one file system moves at once.
-    temporary, root = tmp_path / "temporary", Path(__file__).parents[2]
-    temporary.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with contextlib.ExitStack() as stack:
+def start(tmp_path: Path, processes: Any) -> Start:
+    """Runs the training script."""
+    (tmp_path / "temporary").mkdir()
 
-        def _process(*arguments: str) -> subprocess.Popen[str]:
-            command = [sys.executable, "-m", "tests.callbacks.restartable", *arguments]
-            child = stack.enter_context(subprocess.Popen(command, cwd=root, env=environment, **pipes))
-            stack.callback(child.kill)
-            return child
+    def _start(setting: str, folder: str, *, before_batch: int | None = None, in_save: int | None = None) -> None:
+        ours, theirs = processes.Pipe()
+        child = processes.Process(
+            target=restartable.main, args=(theirs, setting, tmp_path / folder, before_batch, in_save), daemon=True
+        )
+        child.start()
+        theirs.close()
+        if before_batch is not None or in_save is not None:
+            assert ours.recv() == "paused"
+            child.kill()
+        child.join()
+        assert child.exitcode == (0 if before_batch is None and in_save is None else -signal.SIGKILL)
 
-        def _start(setting: str, *pause: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-            killed, alone = str(tmp_path / "killed"), str(tmp_path / "alone")
-            # The successor continues first, in a process as fresh as can be, and then does the whole run alone.
-            return _process(setting, killed, *pause), _process(setting, killed, alone)
-
-        yield _start
+    return _start
 
 
-def _go(child: subprocess.Popen[str]) -> None:
-    print("go", file=child.stdin, flush=True)
-
-
-def _until_paused(child: subprocess.Popen[str]) -> None:
-    _go(child)
-    assert "paused\n" in child.stdout, "ended without a pause"
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-
-
-def _results(child: subprocess.Popen[str], tmp: Path) -> list[dict[str, Any]]:
-    """Of the run that was killed, once it has been continued, and of the one that was left alone."""
-    _go(child)
-    assert child.wait() == 0
-    return [torch.load(tmp / name / "result.pt", weights_only=True) for name in ("killed", "alone")]
+def _results(start: Start, setting: str, tmp: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the run that was killed, once it has been continued, and of one that is left alone."""
+    assert not (tmp / "killed" / "result.pt").exists()
+    for folder in ("killed", "alone"):
+        start(setting, folder)
+    continued, alone = (torch.load(tmp / name / "result.pt", weights_only=True) for name in ("killed", "alone"))
+    assert alone["first_step"] == 0
+    return continued, alone
 
 
 def _assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
-    for name in ("weights", "optimizer"):
+    for name in ("weights", "optimizer", "tensors"):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
-    assert a["hyperparameters"] == b["hyperparameters"]
-    assert a["history"] == b["history"]
+    for name in ("hyperparameters", "history", "race", "ended_with"):
+        assert a[name] == b[name], name
 
 
 def _assert_plain(state: Any) -> None:
-    """Tensors, numbers and strings in dictionaries and lists."""
+    """Tensors, numbers and strings in dictionaries, lists and tuples."""
     if type(state) is dict:
-        assert all(type(key) is str for key in state)
+        _assert_plain(list(state))
         state = list(state.values())
-    if type(state) is list:
+    if type(state) in (list, tuple):
         for item in state:
             _assert_plain(item)
     else:
         assert state is None or type(state) in (torch.Tensor, bool, int, float, str)
+
+
+def _last(tmp: Path) -> dict[str, Any]:
+    """The last checkpoint of the run that was killed."""
+    checkpoint: dict[str, Any] = torch.load(tmp / "killed" / "last.ckpt", weights_only=True)
+    _assert_plain(checkpoint["callbacks"]["HyperGradient"])
+    return checkpoint
 
 
 # An epoch has 6 batches and a checkpoint is written every 4 steps: those of steps 4 and 8 are mid-epoch.
@@ -96,28 +100,58 @@ def _assert_plain(state: Any) -> None:
 def test_between_two_checkpoints(
     tmp_path: Path, start: Start, setting: str, batches: int, saved: int, measured: range
 ) -> None:
-    killed, successor = start(setting, "--pause-before-batch", str(batches))
-    _until_paused(killed)
-    _kill(killed)
-    checkpoint = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == saved
-    _assert_plain(checkpoint["callbacks"]["HyperGradient"])
-    assert not (tmp_path / "killed" / "result.pt").exists()
-    continued, alone = _results(successor, tmp_path)
-    assert (continued["first_step"], alone["first_step"]) == (saved, 0)
+    start(setting, "killed", before_batch=batches)
+    assert _last(tmp_path)["global_step"] == saved
+    continued, alone = _results(start, setting, tmp_path)
+    assert continued["first_step"] == saved
     assert [update["step"] for update in alone["history"]] == list(measured)
     _assert_identical(continued, alone)
 
 
+# Epochs of 7 batches and 4 steps, a checkpoint every 3 steps: that of step 6 is 4 batches into the second epoch.
+@pytest.mark.parametrize("estimator", restartable.ESTIMATORS)
+def test_every_estimator(tmp_path: Path, start: Start, estimator: str) -> None:
+    start(estimator, "killed", before_batch=12)  # half of the gradient of step 7 is lost
+    assert _last(tmp_path)["global_step"] == 6
+    continued, alone = _results(start, estimator, tmp_path)
+    assert continued["first_step"] == 6
+    assert [update["step"] for update in alone["history"]] == list(range(2, 17, 2))
+    assert all(update["skipped"] is None for update in alone["history"])
+    _assert_identical(continued, alone)
+
+
+@pytest.mark.parametrize(
+    ("setting", "batches", "saved", "racing"),
+    [
+        ("composition", 5, 2, True),
+        ("composition", 19, 10, False),
+        ("composition, unrolled", 19, 10, False),
+        pytest.param("default", 17, 7, True, marks=pytest.mark.slow),
+        pytest.param("default", 400, 224, False, marks=pytest.mark.slow),
+    ],
+)
+def test_race_shape_readout_and_rewind(
+    tmp_path: Path, start: Start, setting: str, batches: int, saved: int, racing: bool
+) -> None:
+    start(setting, "killed", before_batch=batches)
+    checkpoint = _last(tmp_path)
+    assert checkpoint["global_step"] == saved
+    assert (checkpoint["callbacks"]["HyperGradient"]["run"]["pieces"]["heat"] is not None) == racing
+    continued, alone = _results(start, setting, tmp_path)
+    assert continued["first_step"] == saved
+    assert alone["race"] is not None
+    assert alone["ended_with"] is not None
+    assert alone["history"]
+    _assert_identical(continued, alone)
+
+
 def test_while_a_checkpoint_is_written(tmp_path: Path, start: Start) -> None:
-    killed, successor = start("adamw-scheduled", "--pause-in-save", "2")
-    _until_paused(killed)
+    start("adamw-scheduled", "killed", in_save=2)
     (half,) = (path for path in (tmp_path / "temporary").iterdir() if path.is_file())
     assert half.stat().st_size > 0
     assert not zipfile.is_zipfile(half)
-    _kill(killed)
     # What was being written, that of step 8, would have taken the place of this one.
-    assert torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["global_step"] == 4
-    continued, alone = _results(successor, tmp_path)
-    assert (continued["first_step"], alone["first_step"]) == (4, 0)
+    assert _last(tmp_path)["global_step"] == 4
+    continued, alone = _results(start, "adamw-scheduled", tmp_path)
+    assert continued["first_step"] == 4
     _assert_identical(continued, alone)

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, Dataset
 
-from hypergrad import Hold
+from hypergrad import Hold, OptimizerHyperparameter, Race, Unrolled
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Net, Stateful, data, trainer
 
@@ -129,13 +129,6 @@ def test_what_the_user_logs_is_unchanged_and_logged_once(tmp_path: Path) -> None
     assert {tag: values for tag, values in watched.items() if not tag.startswith("hypergradient/")} == plain
 
 
-def test_other_loggers_get_the_same_scalars(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, name="", version="")
-    _fit(Net(), [HyperGradient(every_n_steps=2)], tmp_path, data(), data(seed=1), logger=logger)
-    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
-    assert "hypergradient/lr/value" in header
-
-
 def test_the_optimizer_is_left_as_found(tmp_path: Path) -> None:
     module = Net(weight_decay=0.0)
     callback = HyperGradient(every_n_steps=1)
@@ -177,3 +170,42 @@ def test_an_exception_leaves_module_and_optimizer_intact(tmp_path: Path, where: 
     assert module.training
     assert module.outputs == []
     assert "log" not in vars(module)
+
+
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+)
+CHOICES: dict[str, dict[str, Any]] = {
+    "Online": {},
+    "Unrolled": {"estimator": Unrolled(3)},
+    "per tensor": {"hyperparameters": OptimizerHyperparameter("lr", per="tensor")},
+    "race": {"race": Race(rates=(1e-3, 1e-1), rungs=((0.3, 2), (0.6, 1)), forks=(), least=1)},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("hook", [*HOOKS, "on_train_batch_end"])
+def test_a_hook_that_raises_leaves_module_and_optimizer_intact(tmp_path: Path, hook: str, choice: str) -> None:
+    def fails(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.global_step >= 4:
+            raise KeyError("mine")
+        getattr(super(kind, self), hook)(*args, **kwargs)
+
+    kind = type("Fails", (Net,), {hook: fails})
+    module = kind(lr=0.01)
+    callback = HyperGradient(every_n_steps=2, val_dataloaders=data(seed=2), **CHOICES[choice])
+    fitted = trainer(tmp_path, callbacks=[callback])
+    with pytest.raises(KeyError, match="mine"):
+        fitted.fit(module, data(), data(seed=1))
+    optimizer = fitted.optimizers[0]
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.01, 0.01, 4)
+    assert "training_step" not in vars(module)
+    assert module.training
+    before, values = len(callback.history), callback.hyperparameters
+    optimizer.step()  # no hook of ours is left
+    assert (len(callback.history), callback.hyperparameters) == (before, values)

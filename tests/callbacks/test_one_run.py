@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hypergrad import ConfigurationError, Cosine, Hold, Race, Readout, Rewind
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, data, trainer
+from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, continuing, data, trainer
 
 RACE = Race(rates=(1e-4, 1e-2, 1e-1), rungs=((0.05, 3), (0.1, 1), (0.2, 1)), least=1)
 EPOCHS = 20  # of 6 steps
@@ -136,18 +136,20 @@ def test_a_run_resumed_in_and_after_the_race_continues_bit_identically(stop_at: 
         pieces = {"race": RACE, "shape": Cosine(), "readout": Readout(checkpoints=10), "rewind": Rewind()}
         return HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3, controller=None, **pieces)
 
-    def train(steps: int, module: pl.LightningModule, tuned: HyperGradient, **kwargs: Any) -> pl.Trainer:
+    def train(
+        steps: int, module: pl.LightningModule, tuned: HyperGradient, checkpoint: Path | None = None
+    ) -> pl.Trainer:
         saver = ModelCheckpoint(tmp_path / str(steps), "{step}", every_n_train_steps=stop_at, save_top_k=-1)
         options = {"max_epochs": EPOCHS, "enable_checkpointing": True, "limit_train_batches": 6}
         fitted = trainer(tmp_path, callbacks=[Reseed(), saver, tuned, StopAt(steps)], **options)
-        fitted.fit(seeded(module), Resumable(), data(seed=1), weights_only=True, **kwargs)
+        fitted.fit(seeded(module), Resumable(), data(seed=1), **continuing(checkpoint))
         return fitted
 
     whole, part, rest = Stateful(lr=1e-6), Stateful(lr=1e-6), Stateful(lr=1e-6)
     straight, resumed = callback(), callback()
     train(10**6, whole, straight)
     train(stop_at, part, callback())
-    train(10**5, rest, resumed, ckpt_path=tmp_path / str(stop_at) / f"step={stop_at}.ckpt")
+    train(10**5, rest, resumed, tmp_path / str(stop_at) / f"step={stop_at}.ckpt")
     assert_equal(weights(rest), weights(whole))
     assert resumed.hyperparameters == straight.hyperparameters
     assert resumed.race == straight.race

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hypergrad import Descent, Forward, Hold, Readout, Rewind
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Reseed, Resumable, Scheduled, data, trainer
+from tests.callbacks.modules import Reseed, Resumable, Scheduled, continuing, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
 
@@ -36,7 +36,7 @@ def _fit(tmp: Path, callback: HyperGradient, every: int, resume: str | None = No
     saver = ModelCheckpoint(tmp, "{step}", save_top_k=-1, every_n_train_steps=every, monitor=None)
     options = {"max_epochs": 4, "enable_checkpointing": True, "num_sanity_val_steps": 0}
     fitted = trainer(tmp, callbacks=[callback, saver, Reseed()], **options)
-    fitted.fit(module, Resumable(), data(seed=1), ckpt_path=resume, weights_only=True if resume else None)
+    fitted.fit(module, Resumable(), data(seed=1), **continuing(resume))
     return (module.state_dict(), fitted.optimizers[0].state_dict(), callback.hyperparameters, callback.history), saver
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from hypergrad import Descent, Forward, Hold, OptimizerHyperparameter, Unrolled
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Net, Reseed, Resumable, data, fit, trainer
+from tests.callbacks.modules import Net, Reseed, Resumable, continuing, data, fit, trainer
 
 
 class Groups(Net):
@@ -154,7 +154,7 @@ def test_resumes_bit_identically(tmp_path: Path, per: str) -> None:
         saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4, monitor=None)
         options = {"max_epochs": 3, "enable_checkpointing": True, "num_sanity_val_steps": 0}
         fitted = trainer(folder, callbacks=[callback, saver, Reseed()], **options)
-        fitted.fit(module, Resumable(), data(seed=1), ckpt_path=resume, weights_only=True if resume else None)
+        fitted.fit(module, Resumable(), data(seed=1), **continuing(resume))
         return module.state_dict(), fitted.optimizers[0].state_dict(), callback.hyperparameters, callback.history
 
     whole = run(tmp_path / "whole")

@@ -115,7 +115,10 @@ CELLS = [
         ("lr", "weight_decay", "beta2_decay"),
         {"eps[1]": _IGNORED, "d": _IGNORED},
     ),
-    Cell(
+    Cell(Lion, {"lr": 0.1, "weight_decay": 0.1}, ("lr", "weight_decay", "betas[0]"), {"betas[1]": _IGNORED}),
+]
+if hasattr(O, "Muon"):  # torch 2.9
+    _MUON = Cell(
         O.Muon,
         {"lr": 0.1, "weight_decay": 0.1},
         ("lr", "weight_decay"),
@@ -123,9 +126,8 @@ CELLS = [
         | {f"ns_coefficients[{i}]": _LOST for i in range(3)},  # bfloat16 inside
         matrices_only=True,
         carried=False,
-    ),
-    Cell(Lion, {"lr": 0.1, "weight_decay": 0.1}, ("lr", "weight_decay", "betas[0]"), {"betas[1]": _IGNORED}),
-]
+    )
+    CELLS.append(_MUON)
 ACCEPTED = [(cell, name) for cell in CELLS for name in cell.accepted]
 REFUSED = [(cell, name) for cell in CELLS for name in cell.refused]
 

@@ -181,3 +181,15 @@ def test_what_it_cannot_serve_is_refused(double: None) -> None:
             make()
     with pytest.raises(NotDifferentiableError):
         hypergradient(model, sgd, [lambda m: m.train_loss().detach()], Ridge.val_loss, [model.lam], Implicit())
+
+
+def test_a_gradient_of_exactly_0_is_no_dead_unit(double: None) -> None:
+    model, sgd = _at_minimum(torch.full((6,), 0.25))
+    target = model.linear.weight.detach().clone()
+    # Least at target - (sum(lam) - 1.5) / 2, where no digit of the gradient is left.
+    loss = lambda m: (m.linear.weight - target).square().sum() + (m.lam().sum() - 1.5) * m.linear.weight.sum()
+    curvature = FiniteDifference()
+    result = hypergradient(
+        model, sgd, [loss], lambda m: m.linear.weight.sum(), [model.lam], Implicit(CG(), curvature=curvature)
+    )
+    torch.testing.assert_close(result.grads["lam"], torch.full((6,), -3.0), rtol=1e-5, atol=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,37 @@ def test_each_param_group_has_its_own_hypergradient(index: int, double: None) ->
     expected = torch.tensor([problem.run_difference("lr", group) for group in range(2)])
     torch.testing.assert_close(result.grads["lr"], expected, rtol=1e-6, atol=1e-12)
     assert result.cosines == {}  # d(parameters)/d(lr) is never formed
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.carried], ids=lambda c: c.name)
+def test_continues_from_its_state(cell: Cell, double: None, tmp_path: Path) -> None:
+    problem = Problem(cell, groups=2, steps=7)
+    model = problem.model()
+    optimizer = problem.optimizer(model)
+    estimator, hyperparameters = Unrolled(4), resolve(optimizer, cell.accepted)
+    tracker = estimator.track(optimizer, hyperparameters)
+
+    def evaluation(step: int) -> Callable[[], torch.Tensor]:
+        return lambda: problem.loss(step)(model)
+
+    for step in range(7):
+        optimizer.zero_grad()
+        evaluation(step)().backward()
+        if step == 6:
+            torch.save(tracker.state_dict(), tmp_path / "state.pt")
+            assert len(tracker.losses) == 3  # those that the next step does not push out
+            other = estimator.track(optimizer, hyperparameters)
+            losses = [evaluation(i) for i in (3, 4, 5)]
+            other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), losses)
+            other.before_step(evaluation(step))
+        tracker.before_step(evaluation(step))
+        optimizer.step()
+    gradients = dict(zip(tracker.params, torch.autograd.grad(problem.val_loss(model), tracker.params), strict=True))
+    expected, found = tracker.contract(gradients), other.contract(gradients)
+    assert any(bool(t.abs().sum() > 0.0) for t in expected.hypergradients.values())
+    assert {k: t.tolist() for k, t in found.hypergradients.items()} == {
+        k: t.tolist() for k, t in expected.hypergradients.items()
+    }
 
 
 @pytest.mark.parametrize("index", [1, 7])
