@@ -271,6 +271,7 @@ def test_without_the_recorded_steps_a_run_continues_and_says_so(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
+@pytest.mark.filterwarnings("ignore:The checkpoint was written with other settings")
 def test_with_another_estimator_a_run_continues_and_says_so(tmp_path: Path) -> None:
     make = lambda estimator: HyperGradient(estimator=estimator, every_n_steps=3, val_dataloaders=data(seed=2))
     fitted = fit(Regularized(), make(Forward()), tmp_path, max_epochs=1)
