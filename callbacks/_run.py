@@ -17,7 +17,6 @@ from hypergrad import (
     Contraction,
     Controller,
     Descent,
-    Exact,
     Frozen,
     Implicit,
     TensorMeasurement,
@@ -28,7 +27,8 @@ from hypergrad import (
 from hypergrad.callbacks._agreement import fewest, mean, mean_rows
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
-from hypergrad.callbacks._history import Stopwatch, Update, pack, unpack
+from hypergrad.callbacks._history import Update, pack, unpack
+from hypergrad.callbacks._ledger import Ledger
 from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, described, labels_of, measured
 from hypergrad.callbacks._monitors import Monitors
 from hypergrad.callbacks._pieces import Pieces
@@ -52,17 +52,15 @@ class Run:
     ) -> None:
         self.history: list[Update] = []
         self.steps = 0
-        self.training_batches = 0
-        self.gradients = 0
+        self.ledger = Ledger(trainer.strategy.root_device, settings.estimator)
         self.first_values: dict[str, float] = {}
         self._trainer = trainer
         self._settings = settings
         learns_lr = "lr" in names_of(settings.of_optimizers)
         loader, index, several = hyper_validation_data(trainer, settings)
-        self._products = 0
         self._modules = settings.in_loss(module)
         # The validation gradient; where the loss has hyperparameters, also a training gradient and a product.
-        update_cost = 1.0 + (1.0 + self._per_product if self._modules else 0.0)
+        update_cost = 1.0 + (1.0 + self.ledger.per_product if self._modules else 0.0)
         self.plan = make_plan(
             *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps),
             update_cost=update_cost,
@@ -74,9 +72,6 @@ class Run:
         self._monitored: list[tuple[int, float]] = []
         self._predicted: list[float] = []
         self._foretold = 0.0
-        self._watch = Stopwatch(trainer.strategy.root_device)
-        self._training_watch = Stopwatch(trainer.strategy.root_device)
-        self._tracking_watch = Stopwatch(trainer.strategy.root_device)  # ours, and within training steps
         self._attachments: list[Attachment] = []
         self._monitors: Monitors | None = None
         self._final_values: dict[str, float] | None = None
@@ -143,19 +138,7 @@ class Run:
     @property
     def cost(self) -> float:
         """See `HyperGradient.cost`."""
-        replays = self._training_loss.evaluations if self._training_loss is not None else 0
-        spent = (
-            self.gradients
-            + replays
-            + self._per_product * self._products
-            + (self._pieces.spent if self._pieces is not None else 0.0)
-        )
-        return 1.0 + spent / max(self.training_batches, 1)
-
-    @property
-    def _per_product(self) -> float:
-        """What a Hessian-vector product costs in gradients; one by differences is counted as a gradient already."""
-        return 2.0 if isinstance(getattr(self._settings.estimator, "curvature", None), Exact) else 0.0
+        return self.ledger.cost(self._replays, self._pieces.spent if self._pieces is not None else 0.0)
 
     def report(self) -> str:
         """See `HyperGradient.report`."""
@@ -192,7 +175,7 @@ class Run:
 
     def batch_started(self) -> None:
         """A training batch begins."""
-        self._training_watch.start()
+        self.ledger.training.start()
 
     def gradients_cleared(self) -> None:
         """The optimizer's gradients are set to zero."""
@@ -210,13 +193,13 @@ class Run:
 
     def batch_ended(self) -> None:
         """A training batch has been trained on."""
-        self._training_watch.stop()
-        self.training_batches += 1
+        self.ledger.training.stop()
+        self.ledger.training_batches += 1
         for attachment in self._attachments:
             attachment.batch_ended()
         before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
         if self._pieces is not None:
-            with self._watch.running():
+            with self.ledger.updates.running():
                 checkpoints = len(self._pieces.readings)
                 self._pieces.batch_ended(self.steps > before)
             if len(self._pieces.readings) > checkpoints:
@@ -230,7 +213,7 @@ class Run:
 
     def update(self) -> Update:
         """Take the hypergradient of the tracked steps and let the controller move."""
-        with self._watch.running():
+        with self.ledger.updates.running():
             update = self._update()
         self.history.append(update)
         return update
@@ -251,13 +234,10 @@ class Run:
             "stream": self._stream.state_dict(),
             "history": pack(self.history),
             "first_values": dict(self.first_values),
-            "training_batches": self.training_batches,
-            "gradients": self.gradients,
-            "products": self._products,
-            "replays": 0 if self._training_loss is None else self._training_loss.evaluations,
+            "ledger": self.ledger.state_dict(),
+            "replays": self._replays,
             "diagnostics": [list(map(list, self._monitored)), list(self._predicted), self._foretold],
             "pieces": None if self._pieces is None else self._pieces.state_dict(),
-            "seconds": [self._watch.seconds, self._training_watch.seconds, self._tracking_watch.seconds],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -280,33 +260,26 @@ class Run:
         self._monitored = [(step, value) for step, value in monitored]
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
-        self.training_batches, self.gradients = state["training_batches"], state["gradients"]
-        self._products = state["products"]
+        self.ledger.load_state_dict(state["ledger"])
         if self._training_loss is not None:
             self._training_loss.evaluations = state["replays"]
-        device = self._trainer.strategy.root_device
-        self._watch, self._training_watch, self._tracking_watch = (Stopwatch(device, s) for s in state["seconds"])
         for attachment in self._attachments:
-            attachment.watch = self._tracking_watch
+            attachment.watch = self.ledger.tracking
 
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
         learned = ", ".join(self._learned(label, value) for label, value in self.values.items())
-        tracking = self._tracking_watch.seconds
-        own, training = self._watch.seconds + tracking, self._training_watch.seconds - tracking
-        ratio = f"{1 + own / training:.2f}x" if training > 0 else "unknown against"
         skipped = sum(u.skipped is not None for u in self.history)
-        return (
-            f"HyperGradient: {learned}; {self._spent()} beside {self.training_batches} training gradients, {ratio} the "
-            f"training steps' own time of {training:.1f} s"
-            + (f"; {skipped} updates skipped, see history" if skipped else "")
+        return f"HyperGradient: {learned}; {self.ledger.words(self._replays)}" + (
+            f"; {skipped} updates skipped, see history" if skipped else ""
         )
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    def _spent(self) -> str:
-        again = self._training_loss.evaluations if self._training_loss is not None else 0
-        return f"{self.gradients} validation gradients" + (f" and {again} further training gradients" if again else "")
+    @property
+    def _replays(self) -> int:
+        """Training gradients that an estimator has taken again."""
+        return self._training_loss.evaluations if self._training_loss is not None else 0
 
     def _controller(self) -> Controller:
         """A fresh one for every run: the user's, or what suits the plan."""
@@ -374,7 +347,7 @@ class Run:
                 *(self.plan.every_n_steps, steps),
             )
             self._attachments.append(attachment)
-            attachment.watch = self._tracking_watch
+            attachment.watch = self.ledger.tracking
             if attachment.tracker.needs_loss:
                 if self._training_loss is None:
                     # Where a minimum lies does not depend on how gradients are changed on their way to it.
@@ -390,18 +363,18 @@ class Run:
         with BatchStream(loader, self._settings.seed).next() as batch:
             if trained:  # everything may be frozen until a later epoch
                 self._loss.check(batch, trained)
-                self.gradients += 1
+                self.ledger.gradients += 1
 
     def _update(self) -> Update:
         due = [a for a in self._attachments if a.pending]
         params = list(dict.fromkeys(p for a in due for p in a.tracker.params))
         with self._stream.next() as batch:
             loss, gradients = self._loss.gradient(batch, self._stream.position, params)
-        self.gradients += 1
+        self.ledger.gradients += 1
         gradients = tuple(g for g in mean_rows(self._trainer, gradients, params) if g is not None)
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]
-        self._products += sum(c.products for c in contractions)
+        self.ledger.products += sum(c.products for c in contractions)
         for attachment in due:
             attachment.measured()
         value, measurements = measured(self._trainer, loss, due, contractions, self._modules)

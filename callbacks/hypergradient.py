@@ -175,7 +175,7 @@ class HyperGradient(pl.Callback):
     @property
     def gradients(self) -> int:
         """Validation gradients spent so far: the cost of the run beside its training gradients."""
-        return self._run.gradients if self._run is not None else 0
+        return self._run.ledger.gradients if self._run is not None else 0
 
     @property
     def race(self) -> dict[str, Any] | None:
