@@ -319,7 +319,9 @@ class _Problem:
         except Exception as error:
             raise UnsupportedOptimizerError(
                 f"The step of {self._name}{setting} could not be tried on a problem of 15 numbers, as is done before "
-                f"anything is learned: {type(error).__name__}: {error}."
+                f"anything is learned: {type(error).__name__}: {error}. If the optimizer must be made ready for a step "
+                "(put into training mode, say), do so where it is constructed, in configure_optimizers; otherwise use "
+                "another one."
             ) from error
 
 
