@@ -320,8 +320,9 @@ class Run:
         elif estimator.needs_every_step:
             rank_zero_warn(
                 f"{type(estimator).__name__} looks back at steps that the checkpoint does not hold (it was written "
-                "with another estimator, or batches are not tensors, numbers and strings in lists, tuples and "
-                "dictionaries): the run continues, but its hypergradients see only what comes after the checkpoint."
+                "with another estimator or by several processes, or batches are not tensors, numbers and strings in "
+                "lists, tuples and dictionaries): the run continues, but its hypergradients see only what comes after "
+                "the checkpoint."
             )
 
     def _learned(self, label: str, value: float) -> str:

@@ -214,7 +214,8 @@ class _ForwardTracker(Tracker):
         self._unused = set(state["unused"]) & set(self._tensors)
         known: dict[str, Learned | str] = {h.name: h for h in self._hyperparameters}
         known |= {name: name for name in self._tensors}
-        for label in {*state["tangents"], *state["paces"]}:
+        # In one order in all processes that share the loss, as everywhere: they meet at every product.
+        for label in dict.fromkeys([*state["tangents"], *state["paces"]]):
             name, _, index = label.rpartition("/")
             if name not in known:
                 continue
@@ -303,7 +304,7 @@ class _ForwardTracker(Tracker):
                 rows = rows if clipped is None else clipped(rows)
                 return {p: t for p, t in zip(moving, rows, strict=True) if t is not None}
 
-            for name in list(self._unused):
+            for name in sorted(self._unused):
                 alone = [torch.ones_like(t) if n == name else None for n, t in self._tensors.items()]
                 rows = product([*[None] * len(involved), *alone])
                 if any(row is not None for row in rows[: len(involved)]):

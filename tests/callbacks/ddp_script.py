@@ -97,6 +97,19 @@ def held_out(devices: int) -> DataLoader[Any]:
     return DataLoader(Subset(whole, range(RANK, 32, devices)), batch_size=32 // devices)
 
 
+def whole(devices: int) -> HyperGradient:
+    """All that the default does, in 32 steps."""
+    return HyperGradient(
+        val_dataloaders=held_out(devices),
+        race=Race(rates=(1e-3, 0.1, 100.0), rungs=((0.1, 2), (0.3, 1)), forks=(0.5,), least=1),
+        controller=Frozen(Descent()),
+        shape=Cosine(),
+        readout=Readout(checkpoints=4, batches=1),
+        rewind=Rewind(),
+        every_n_steps=3,
+    )
+
+
 def main(devices: int) -> None:
     found: dict[str, Any] = {}
     for name, (estimator, names, in_loss) in ESTIMATORS.items():
@@ -112,26 +125,18 @@ def main(devices: int) -> None:
             "values": callback.hyperparameters,
         }
     module = made(Doubles)
-    whole = HyperGradient(
-        val_dataloaders=held_out(devices),
-        race=Race(rates=(1e-3, 0.1, 100.0), rungs=((0.1, 2), (0.3, 1)), forks=(0.5,), least=1),
-        controller=Frozen(Descent()),
-        shape=Cosine(),
-        readout=Readout(checkpoints=4, batches=1),
-        rewind=Rewind(),
-        every_n_steps=3,
-    )
-    weights = fit(devices, module, whole, epochs=8)
-    assert whole.race is not None
-    assert whole.ended_with is not None
+    callback = whole(devices)
+    weights = fit(devices, module, callback, epochs=8)
+    assert callback.race is not None
+    assert callback.ended_with is not None
     found["whole"] = {
         "weights": weights,
-        "race": whole.race["lr"],
-        "scores": [list(rung.values()) for rung in whole.race["scores"]],
-        "ended_with": [whole.ended_with.kind, whole.ended_with.step, whole.ended_with.score],
-        "cost": whole.cost,
-        "values": whole.hyperparameters,
-        "hypergradients": [u.hypergradients for u in whole.history],
+        "race": callback.race["lr"],
+        "scores": [list(rung.values()) for rung in callback.race["scores"]],
+        "ended_with": [callback.ended_with.kind, callback.ended_with.step, callback.ended_with.score],
+        "cost": callback.cost,
+        "values": callback.hyperparameters,
+        "hypergradients": [u.hypergradients for u in callback.history],
     }
     if devices > 1:
         plain = fit(devices, made(Normalized), None, **OPTIONS)

@@ -102,3 +102,13 @@ def test_ranks_with_validation_shards_of_different_lengths_decide_alike(tmp_path
     assert "is better than stopping_threshold" in first["stopped"]["reason"]
     assert first["readout"]["best"][0].startswith("Best(")
     assert first["race"]["values"][0] in (1e-3, 1e-2, 0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_a_checkpoint_as_if_nothing_had_been(tmp_path: Path) -> None:
+    _run("-m", "tests.callbacks.ddp_resume", str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert len(first) == 8
+    for name, (resumed, expected) in first.items():
+        assert resumed == expected, name
