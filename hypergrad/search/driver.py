@@ -15,8 +15,9 @@ from types import FrameType
 
 from hypergrad.search.alike import AlikeFailures
 from hypergrad.search.board import Board
+from hypergrad.search.clock import Clocks
 from hypergrad.search.errors import ObjectiveError, StorageError
-from hypergrad.search.execution.base import Ended, Executor, Reported
+from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
 from hypergrad.search.messages import Job, Result, Verdict
 from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
@@ -63,7 +64,7 @@ class Driver:
         self._executor, self._board, self._limits = executor, board, limits
         self._progress, self._pace = progress, _pace(storage, limits)
         self._alike = AlikeFailures(limits.alike_failures)
-        self._deadlines: dict[int, float] = {}  # by running trial
+        self._clocks = Clocks(limits.trial_timeout)  # of the running trials
         self._stopped: dict[int, str] = {}  # what a running trial was told
         self._killed: dict[int, str] = {}  # why we killed it
         self._retries: deque[int] = deque()
@@ -85,17 +86,17 @@ class Driver:
                     if until is not None and time.monotonic() > until and self._stopping is None:
                         self._stopping = f"the timeout of {self._limits.timeout:g} s is over"
                     self._fill()
-                    if not self._deadlines:
+                    if not self._clocks:
                         break
                     for event in self._executor.poll(0.2):
                         self._handle(event)
                     self._enforce()
                     if self._progress.is_due:
-                        self._progress.show(self._pace.standing(len(self._deadlines)))
+                        self._progress.show(self._pace.standing(len(self._clocks)))
             finally:
                 self._executor.close()
                 with suppress(StorageError):  # a full disk: the next driver finds them running, and takes them on
-                    for number in self._deadlines:
+                    for number in self._clocks:
                         self._leave_waiting(number, "the study was stopped")
             self._progress.show(self._pace.standing(0))
         if self._invalid is not None:
@@ -115,7 +116,7 @@ class Driver:
                 self._leave_waiting(number, "the driver was killed", known_end=False)
 
     def _fill(self) -> None:
-        while self._stopping is None and len(self._deadlines) < self._executor.capacity:
+        while self._stopping is None and len(self._clocks) < self._executor.capacity:
             number = self._next()
             if number is None:
                 return
@@ -128,7 +129,7 @@ class Driver:
             return self._create()
         waiting = self._storage.numbers("waiting")
         if waiting:
-            able = self._sampler.continuable(self._storage, waiting, len(self._deadlines))
+            able = self._sampler.continuable(self._storage, waiting, len(self._clocks))
             if able:
                 return able[0]
             if self._room() and self._sampler.urgent(self._storage):
@@ -181,18 +182,25 @@ class Driver:
             inherited="parent" in self._storage.attributes(number) and not record.curve,
         )
         self._board.started(record)
-        self._deadlines[number] = time.monotonic() + (self._limits.trial_timeout or float("inf"))
+        self._clocks.submitted(number)
         self._executor.submit(job)
 
     # ---------------------------------------------------------------------------------------------------- hear
 
-    def _handle(self, event: Reported | Ended) -> None:
-        if event.number not in self._deadlines:
+    def _handle(self, event: Event) -> None:
+        if event.number not in self._clocks:
             return
-        if isinstance(event, Ended):
-            self._ended(event)
-            return
-        number, step, value = event.number, event.report.step, event.report.value
+        match event:
+            case Launched(number):
+                self._clocks.launched(number)
+            case Began(number):
+                self._clocks.began(number)
+            case Ended():
+                self._ended(event)
+            case Reported(number, report):
+                self._reported(number, report.step, report.value)
+
+    def _reported(self, number: int, step: int, value: float) -> None:
         self._storage.report(number, step, value)
         self._board.reported(number, step, value, trial_folder(self._storage.folder, number))
         reason = self._pruning.decide(number, step, value)
@@ -206,7 +214,7 @@ class Driver:
 
     def _ended(self, event: Ended) -> None:
         number, result = event.number, event.result
-        del self._deadlines[number]
+        self._clocks.ended(number)
         stopped, killed = self._stopped.pop(number, None), self._killed.pop(number, None)
         if stopped in (_INTERRUPTED, _PAUSED):
             self._leave_waiting(number, None if stopped == _PAUSED else self._stopping)
@@ -253,10 +261,9 @@ class Driver:
     # ---------------------------------------------------------------------------------------------------- stop
 
     def _enforce(self) -> None:
-        now = time.monotonic()
-        for number, deadline in self._deadlines.items():
-            if now > deadline and number not in self._killed:
-                self._killed[number] = f"no end within trial_timeout={self._limits.trial_timeout:g} s"
+        for number, reason in self._clocks.overdue():
+            if number not in self._killed:
+                self._killed[number] = reason
                 self._executor.kill(number)
 
     def _interrupt(self) -> None:

@@ -25,6 +25,9 @@ log = logging.getLogger("hypergrad.search")
 class Channel(Protocol):
     """The way to the driver."""
 
+    def begin(self) -> None:
+        """Say that `train` is called next."""
+
     def ask(self, report: Report) -> Verdict:
         """Report, and wait for the answer."""
 

@@ -34,6 +34,8 @@ def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
     set_current_trial(trial)
     seed_everything(job.seed)
     try:
+        if channel is not None:
+            channel.begin()
         returned = train(trial)
         result = _result(trial, returned, job.monitors)
     except TrialPruned as pruned:

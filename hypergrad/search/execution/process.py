@@ -25,7 +25,7 @@ from pathlib import Path
 from select import select
 from typing import Any, NoReturn
 
-from hypergrad.search.messages import Job, Report, Verdict
+from hypergrad.search.messages import Beginning, Job, Report, Verdict
 from hypergrad.search.worker import run_job, save_result
 
 PRELOAD = ("torch", "lightning.pytorch", "torch.utils.tensorboard", "hypergrad.search.trainer")
@@ -34,6 +34,9 @@ PRELOAD = ("torch", "lightning.pytorch", "torch.utils.tensorboard", "hypergrad.s
 class _Pipe:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+
+    def begin(self) -> None:
+        self.connection.send(Beginning())
 
     def ask(self, report: Report) -> Verdict:
         self.connection.send(report)

@@ -9,9 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from select import select
 from typing import Any
 
 from hypergrad.search.errors import ExecutionError
+
+_READY = 300.0  # seconds for loading torch
 
 
 class ForkServer:
@@ -34,22 +38,40 @@ class ForkServer:
     def shared(cls) -> ForkServer:
         """The one of this process, started where there is none alive."""
         server = cls._shared
-        if server is None or server.death is not None or server._owner != os.getpid():
+        if server is None or server._owner != os.getpid() or not server._alive():
             server = cls._shared = cls()
         return server
+
+    def _alive(self) -> bool:
+        """Also if it was killed while nobody listened."""
+        if self.death is None and self._process.poll() is not None:
+            self._bury()
+        return self.death is None
 
     def wait_until_ready(self) -> None:
         """Until torch is loaded.
 
         Raises:
-            ExecutionError: if the server dies instead.
+            ExecutionError: if the server dies instead, or hangs.
         """
+        until = time.monotonic() + _READY
         while not self._ready and self.death is None:
+            if not select([self.control], [], [], max(0.0, until - time.monotonic()))[0]:
+                self.kill()
+                raise ExecutionError(f"The process that starts trials has not loaded torch within {_READY:g} s.")
             self.events()
         if not self._ready:
             raise ExecutionError(
                 f"The process that starts trials died while it was loading torch ({self.death}); see what it printed."
             )
+
+    def _bury(self) -> None:
+        self.control.close()
+        self.death = how_it_died(self._process.wait())
+
+    def kill(self) -> None:
+        """End it at once, and with it all processes that it has started."""
+        self._process.kill()
 
     def fork(self, request: dict[str, Any], fd: int) -> None:
         """Ask for a process that does `request` and talks through `fd`. If the server is dead, `events` will say so."""
@@ -65,8 +87,7 @@ class ForkServer:
         except OSError:
             data = b""
         if not data:
-            self.control.close()
-            self.death = how_it_died(self._process.wait())
+            self._bury()
             return []
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         events = [json.loads(line) for line in lines]
