@@ -18,6 +18,7 @@ from hypergrad.search.board import Board
 from hypergrad.search.clock import Clocks
 from hypergrad.search.errors import ObjectiveError, StorageError
 from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
+from hypergrad.search.failure import FILE, keep_error, last_frame, stack_of
 from hypergrad.search.messages import Job, Result, Verdict
 from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
@@ -226,8 +227,19 @@ class Driver:
             self._invalid = self._stopping = f"Trial {number}: {result.reason}"
             self._leave_waiting(number, result.reason)
         else:
-            reason = killed or (result.reason if result is not None else event.reason)
-            self._failed(number, result, reason or "unknown")
+            reason = killed or (result.reason if result is not None else event.reason) or "unknown"
+            self._failed(number, result, self._explained(number, result, reason))
+
+    def _explained(self, number: int, result: Result | None, reason: str) -> str:
+        """The reason, with the place of a crash; all that is known goes into the trial's folder."""
+        record = self._storage.record(number)
+        stack = stack_of(record.folder, record.attempts)
+        if result is None and stack is not None:
+            frame = last_frame(stack)
+            reason = f"{reason}{f' in {frame}' if frame else ''}; the stack is in {FILE}"
+        parts = (result.traceback if result is not None else None, stack)
+        keep_error(record.folder, record.attempts, reason, "\n".join(filter(None, parts)))
+        return reason
 
     def _failed(self, number: int, result: Result | None, reason: str) -> None:
         if self._alike.enough:  # it was under way when that became clear, and waits for the mended function

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hypergrad.search.failure import FILE
+
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
 
@@ -40,6 +42,12 @@ class TrialRecord:
     duration: float = 0.0
     curve: Mapping[int, float] = field(default_factory=dict)
     folder: Path = Path()
+
+    @property
+    def error(self) -> Path | None:
+        """The file with the tracebacks of its failed attempts; None if it has none."""
+        path = self.folder / FILE
+        return path if path.exists() else None
 
     @property
     def finished(self) -> bool:

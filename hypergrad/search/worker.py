@@ -16,6 +16,7 @@ import torch
 
 from hypergrad.search.checkpoint import raised_in
 from hypergrad.search.errors import TrialPruned
+from hypergrad.search.failure import traced_crashes
 from hypergrad.search.messages import Job, Result
 from hypergrad.search.seeding import seed_everything
 from hypergrad.search.trial import Channel, Trial, as_number, set_current_trial
@@ -25,6 +26,11 @@ RESULT = "result.json"
 
 def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
     """Call `train` with the trial; never raises."""
+    with traced_crashes(Path(job.folder), job.attempt):
+        return _attempt(payload, job, channel)
+
+
+def _attempt(payload: bytes, job: Job, channel: Channel | None) -> Result:
     try:
         train: Callable[[Trial], Any] = cloudpickle.loads(payload)
     except BaseException as error:
