@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 
 from hypergrad.search.alike import AlikeFailures
 from hypergrad.search.board import Board
@@ -19,6 +15,7 @@ from hypergrad.search.clock import Clocks
 from hypergrad.search.errors import ObjectiveError, StorageError
 from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
 from hypergrad.search.failure import FILE, keep_error, last_frame, stack_of
+from hypergrad.search.interrupt import ctrl_c
 from hypergrad.search.messages import Job, Result, Verdict
 from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
@@ -81,7 +78,7 @@ class Driver:
         """
         self._adopt_orphans()
         until = time.monotonic() + self._limits.timeout if self._limits.timeout is not None else None
-        with _ctrl_c(self._interrupt), self._progress:
+        with ctrl_c(self._interrupt), self._progress:
             try:
                 while True:
                     if until is not None and time.monotonic() > until and self._stopping is None:
@@ -292,22 +289,6 @@ def _pace(storage: Storage, limits: Limits) -> Pace:
     values = [r.value for r in records if single and r.state == "complete" and isinstance(r.value, float)]
     counts = Counter[str](r.state for r in records if r.finished)
     return Pace(counts, limits.trials, min(values, key=lambda v: sign * v, default=None), sign, limits.timeout)
-
-
-@contextmanager
-def _ctrl_c(handle: object) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears of signals
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        handle()  # type: ignore[operator]
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _line(record: TrialRecord) -> str:
