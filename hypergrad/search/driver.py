@@ -199,12 +199,14 @@ class Driver:
                 self._reported(number, report.step, report.value)
 
     def _reported(self, number: int, step: int, value: float) -> None:
+        # Where a training begins anew instead of going on, it has been at this step before, and would pause for ever.
+        known = max(self._storage.record(number).curve, default=-1)
         self._storage.report(number, step, value)
         self._board.reported(number, step, value, trial_folder(self._storage.folder, number))
         reason = self._pruning.decide(number, step, value)
         if reason is None and self._stopping is not None:
             reason = _INTERRUPTED
-        elif reason is None and self._sampler.pauses(step):
+        elif reason is None and step > known and self._sampler.pauses(step):
             reason = _PAUSED
         if reason is not None:
             self._stopped[number] = reason

@@ -62,7 +62,7 @@ def last_frame(stack: str) -> str | None:
 
 def keep_error(folder: Path, attempt: int, reason: str, traceback: str | None) -> None:
     """Append to `FILE` why an attempt has failed. A full disk costs the file only."""
-    with contextlib.suppress(OSError), (folder / FILE).open("a") as file:
+    with contextlib.suppress(OSError), (folder / FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"Attempt {attempt}: {reason}\n{traceback or ''}\n")
 
 

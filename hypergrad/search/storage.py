@@ -48,8 +48,9 @@ class Storage:
         self.folder = folder
         with self._errors():
             if spec is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            backend = RDBStorage(f"sqlite:///{folder / FILE}", engine_kwargs={"connect_args": {"timeout": 60}})
+                _make(folder)
+            address = sqlalchemy.URL.create("sqlite", database=str(folder.absolute() / FILE))
+            backend = RDBStorage(address.render_as_string(), engine_kwargs={"connect_args": {"timeout": 60}})
             sqlalchemy.event.listen(backend.engine, "connect", _fast_commits)
             backend.engine.dispose()  # connections made from now on commit fast
             self._storage: BaseStorage = get_storage(backend)
@@ -239,6 +240,13 @@ class Storage:
             raise StorageError(f"{file} was written by another version of Optuna: {error}") from error
         except KeyError as error:
             raise StorageError(f"{file} holds no study of hypergrad ({error}).") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
 
 
 def _fast_commits(connection: Any, _: Any) -> None:

@@ -75,7 +75,7 @@ class Study:
         prune_on: str | None = None,
         seed: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever this process goes
         stored = Storage(self.folder) if Storage.exists(self.folder) and _has_study(self.folder) else None
         before = stored.spec if stored is not None else None
         if before is None and space is None:
@@ -120,7 +120,7 @@ class Study:
         """Why the last `run` of this object ended before it was through, such as `"Ctrl-C"`; None if it was."""
         return self._stopped
 
-    def enqueue(self, **params: Scalar) -> int:
+    def enqueue(self, /, **params: Scalar) -> int:
         """Have a point tried before the sampler's own, such as the settings used so far; the trial's number.
 
         Raises:
@@ -318,4 +318,5 @@ def _checked_limits(
     trials = trials if trials is not None else storage.target
     if trials is None and timeout is None and not sampler.ends:
         raise ConfigurationError("Say when the study ends: `trials=`, `timeout=`, or both.")
+    sampler.check_trials(trials)
     return Limits(trials, timeout, retries, trial_timeout, alike_failures)

@@ -22,6 +22,7 @@ from hypergrad.search.seeding import seed_everything
 from hypergrad.search.trial import Channel, Trial, as_number, set_current_trial
 
 RESULT = "result.json"
+_LONGEST = 2000  # characters of a reason; all of it is in the traceback
 
 
 def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
@@ -118,4 +119,11 @@ def _words(error: BaseException) -> str:
         return f"CUDA out of memory: {error}".splitlines()[0]
     if isinstance(error, MemoryError):
         return "out of memory (MemoryError)"
-    return f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    try:
+        said = str(error)
+    except Exception:  # of a __str__ of the user's
+        said = "it cannot be printed"
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+    # Names of files may contain what is no text, and cannot be stored.
+    said = said.encode(errors="backslashreplace").decode()
+    return f"{type(error).__name__}: {said}".strip().removesuffix(":")

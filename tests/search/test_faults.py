@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from hypergrad.search import Float, StorageError, Study, Trial, TrialRecord
-from hypergrad.search.execution.server import ForkServer
 from tests.search.driving import SPACE, steady
-from tests.search.objectives import DieAfterEpoch, attempts_before, die, net, square
+from tests.search.objectives import DieAfterEpoch, attempts_before, die, kept_server, net, square
 
 ROOT = Path(__file__).parents[2]
 Drive = Callable[..., "subprocess.Popen[str]"]
@@ -125,11 +124,11 @@ def test_the_death_of_the_fork_server_costs_one_attempt(tmp_path: Path) -> None:
             time.sleep(60)
         return 1.0
 
-    before = ForkServer.shared()
+    before = kept_server()
     (record,) = Study(tmp_path / "s", space=SPACE).run(train, 1, retries=1)
     assert record.state == "complete"
     assert "the process that starts trials died (killed by SIGKILL" in record.failures[0]
-    assert ForkServer.shared() is not before
+    assert kept_server() is not before
 
 
 def test_a_killed_fit_continues_from_its_last_checkpoint_with_the_same_parameters(tmp_path: Path) -> None:

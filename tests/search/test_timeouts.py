@@ -15,7 +15,7 @@ from hypergrad.search import Began, Ended, Event, Executor, Float, Job, Launched
 from hypergrad.search import clock as clock_module
 from hypergrad.search.clock import Clocks
 from hypergrad.search.execution import local as local_module
-from hypergrad.search.execution.server import ForkServer
+from tests.search.objectives import kept_server
 
 SPACE = {"x": Float(-2.0, 2.0)}
 
@@ -49,11 +49,11 @@ def test_what_train_refers_to_may_take_longer_to_load_than_a_trial_may_run(tmp_p
 
 
 def test_the_start_of_the_server_is_charged_to_nobody_nor_its_death_while_idle(tmp_path: Path) -> None:
-    before = ForkServer.shared()
+    before = kept_server()
     before.kill()
     before._process.wait()
     (record,) = Study(tmp_path / "s", space=SPACE).run(lambda _: 1.0, 1, trial_timeout=0.5)
-    assert ForkServer.shared() is not before
+    assert kept_server() is not before
     assert (record.state, record.attempts) == ("complete", 1)
     assert record.duration > 0.5
 
@@ -78,12 +78,12 @@ def test_a_module_that_hangs_while_it_is_preloaded_costs_an_attempt(
     monkeypatch.syspath_prepend(tmp_path)
     source = f"import pathlib, time\nm = pathlib.Path({str(tmp_path / 'mark')!r})\n"
     (tmp_path / "hangs.py").write_text(f"{source}if not m.exists():\n    m.touch()\n    time.sleep(600)\n")
-    before = ForkServer.shared()
+    before = kept_server()
     place = Local(preload=["hangs"])
     (record,) = Study(tmp_path / "s", space=SPACE).run(lambda _: 1.0, 1, trial_timeout=1.0, retries=1, execution=place)
     assert (record.state, record.attempts) == ("complete", 2)
     assert record.failures == ("`train` was not called within 1 s of the start of its process",)
-    assert ForkServer.shared() is not before
+    assert kept_server() is not before
 
 
 class Queueing(Executor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 
 from hypergrad.errors import ConfigurationError
 from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
-from hypergrad.search.execution.server import ForkServer, how_it_died
+from hypergrad.search.execution.server import ForkServer, how_it_died, search_path
 from hypergrad.search.messages import Beginning, Job, Report, Result, Verdict
 
 _GRACE = 10.0  # seconds from a trial's result to the end of its process
@@ -83,15 +82,16 @@ class Local(Executor):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def open(self, payload: bytes) -> None:
-        """Start the server, if this process has none; it loads torch while the driver goes on."""
+        """Start the server, if none is kept; it loads torch while the driver goes on."""
         self._folder = tempfile.TemporaryDirectory(prefix="hypergrad-")
         (Path(self._folder.name) / "train.pkl").write_bytes(payload)
-        self._server = ForkServer.shared()
+        self._server = ForkServer.take()
 
     def submit(self, job: Job) -> None:
         """Have a process forked for the job."""
         assert self._folder is not None, "open() comes first"
-        self._server = ForkServer.shared()
+        if self._server is None or not self._server.alive():
+            self._server = ForkServer.take()
         self._server.wait_until_ready()
         slot = min(set(range(self.capacity)) - {r.slot for r in self._running.values()})
         ours, theirs = Pipe()
@@ -102,7 +102,7 @@ class Local(Executor):
             "log": str(Path(job.folder) / "log.txt"),
             "environment": {**os.environ, **gpus},
             "cwd": os.getcwd(),
-            "path": sys.path,
+            "path": search_path(),
             "threads": self._threads,
             "preload": self._preload,
         }
@@ -156,6 +156,8 @@ class Local(Executor):
             self._kill_server()
         if self._folder is not None:
             self._folder.cleanup()
+        if self._server is not None:
+            self._server.give_back()
         self._server = self._folder = None
 
     # ----------------------------------------------------------------------------------------------------- inside

@@ -12,6 +12,7 @@ from typing import Any
 
 from hypergrad.errors import ConfigurationError
 from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
+from hypergrad.search.execution.server import search_path
 from hypergrad.search.messages import Job, Report, Result, Verdict
 from hypergrad.search.worker import run_job, save_result
 
@@ -54,7 +55,7 @@ class Ray(Executor):
     def open(self, payload: bytes) -> None:
         """Start or join Ray."""
         if not self._ray.is_initialized():
-            path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+            path = os.pathsep.join([os.getcwd(), *filter(None, search_path())])
             environment = {} if self._address else {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
             self._ray.init(self._address, log_to_driver=False, **environment)
             self._ours = True

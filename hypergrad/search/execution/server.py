@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from select import select
 from typing import Any
@@ -19,14 +20,15 @@ _READY = 300.0  # seconds for loading torch
 
 
 class ForkServer:
-    """A running server. It is started once per driver process and ends with it."""
+    """A running server, of one study at a time. One is kept for the next study, and ends with this process."""
 
-    _shared: ForkServer | None = None
+    _idle: ForkServer | None = None
+    _lock = threading.Lock()
 
     def __init__(self) -> None:
         self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "hypergrad.search.execution.process", "serve", str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", "-m", "hypergrad.search.execution.process", "serve", str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path()))}
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -35,14 +37,22 @@ class ForkServer:
         self.death: str | None = None
 
     @classmethod
-    def shared(cls) -> ForkServer:
-        """The one of this process, started where there is none alive."""
-        server = cls._shared
-        if server is None or server._owner != os.getpid() or not server._alive():
-            server = cls._shared = cls()
-        return server
+    def take(cls) -> ForkServer:
+        """The one that is kept, or a new one. What it says is for the taker only."""
+        with cls._lock:
+            server, cls._idle = cls._idle, None
+        return server if server is not None and server._owner == os.getpid() and server.alive() else cls()
 
-    def _alive(self) -> bool:
+    def give_back(self) -> None:
+        """Keep it, unless another one is kept already."""
+        with self._lock:
+            if ForkServer._idle is None and self.alive():
+                ForkServer._idle = self
+                return
+        if self.death is None:
+            self._bury()
+
+    def alive(self) -> bool:
         """Also if it was killed while nobody listened."""
         if self.death is None and self._process.poll() is not None:
             self._bury()
@@ -93,6 +103,11 @@ class ForkServer:
         events = [json.loads(line) for line in lines]
         self._ready = self._ready or any("ready" in event for event in events)
         return [event for event in events if "ready" not in event]
+
+
+def search_path() -> list[str]:
+    """`sys.path` as text; there are those who append a `Path`."""
+    return [os.fsdecode(entry) for entry in sys.path]
 
 
 def how_it_died(code: int) -> str:
