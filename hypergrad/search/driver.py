@@ -19,7 +19,6 @@ from hypergrad.search.interrupt import ctrl_c
 from hypergrad.search.messages import Job, Result, Verdict
 from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
-from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Sampler
 from hypergrad.search.seeding import derived_seed
 from hypergrad.search.storage import Storage, trial_folder
@@ -123,14 +122,14 @@ class Driver:
     def _next(self) -> int | None:
         if self._retries:
             return self._retries.popleft()
-        if self._room() and self._sampler.urgent(self._storage):
+        if self._sampler.urgent(self._storage) and self._room():
             return self._create()
         waiting = self._storage.numbers("waiting")
         if waiting:
             able = self._sampler.continuable(self._storage, waiting, len(self._clocks))
             if able:
                 return able[0]
-            if self._room() and self._sampler.urgent(self._storage):
+            if self._sampler.urgent(self._storage) and self._room():
                 return self._create()
         if self._room() and not self._sampler.exhausted(self._storage):
             return self._create()
@@ -162,7 +161,7 @@ class Driver:
         if not record.params:  # enqueued, or its driver was killed before it had drawn them
             self._propose(number)
             record = self._storage.record(number)
-        attempt, spec = self._storage.begin(number), self._storage.spec
+        (attempt, attributes), spec = self._storage.begin(number), self._storage.spec
         try:
             record.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -177,7 +176,7 @@ class Driver:
             prune_on=spec.prune_on,
             prunes=spec.pruner != "none" or self._sampler.needs_reports,
             folds_apart=spec.pruner.startswith("wilcoxon") or spec.pruner == "WilcoxonPruner object",
-            inherited="parent" in self._storage.attributes(number) and not record.curve,
+            inherited="parent" in attributes and not record.curve,
         )
         self._board.started(record)
         self._clocks.submitted(number)
@@ -199,18 +198,21 @@ class Driver:
                 self._reported(number, report.step, report.value)
 
     def _reported(self, number: int, step: int, value: float) -> None:
-        # Where a training begins anew instead of going on, it has been at this step before, and would pause for ever.
-        known = max(self._storage.record(number).curve, default=-1)
+        pauses = self._sampler.pauses(step) and self._is_news(number, step)
         self._storage.report(number, step, value)
         self._board.reported(number, step, value, trial_folder(self._storage.folder, number))
         reason = self._pruning.decide(number, step, value)
         if reason is None and self._stopping is not None:
             reason = _INTERRUPTED
-        elif reason is None and step > known and self._sampler.pauses(step):
+        elif reason is None and pauses:
             reason = _PAUSED
         if reason is not None:
             self._stopped[number] = reason
         self._executor.reply(number, Verdict(reason, later=reason in (_INTERRUPTED, _PAUSED)))
+
+    def _is_news(self, number: int, step: int) -> bool:
+        """A training that begins anew instead of going on has been at a step before, and would pause there for ever."""
+        return step > max(self._storage.record(number).curve, default=-1)
 
     def _ended(self, event: Ended) -> None:
         number, result = event.number, event.result
@@ -260,7 +262,7 @@ class Driver:
         self._pruning.finished(record)
         self._board.finished(record, result.logged)
         self._pace.finished(record.state, record.value)
-        log.info("%s", _line(record))
+        log.info("%s", record.line())
         self._alike.ended(record)
         if self._alike.enough and self._stopping is None:
             self._invalid = self._stopping = self._alike.words()
@@ -291,9 +293,3 @@ def _pace(storage: Storage, limits: Limits) -> Pace:
     values = [r.value for r in records if single and r.state == "complete" and isinstance(r.value, float)]
     counts = Counter[str](r.state for r in records if r.finished)
     return Pace(counts, limits.trials, min(values, key=lambda v: sign * v, default=None), sign, limits.timeout)
-
-
-def _line(record: TrialRecord) -> str:
-    value = "" if record.value is None else f" {record.value}"
-    reason = f" ({record.reason})" if record.reason else ""
-    return f"Trial {record.number} {record.state}{value}{reason}, {record.duration:.1f} s, {dict(record.params)}"

@@ -43,6 +43,12 @@ class TrialRecord:
     curve: Mapping[int, float] = field(default_factory=dict)
     folder: Path = Path()
 
+    def line(self) -> str:
+        """What is said of it in a log."""
+        value = "" if self.value is None else f" {self.value}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"Trial {self.number} {self.state}{value}{reason}, {self.duration:.1f} s, {dict(self.params)}"
+
     @property
     def error(self) -> Path | None:
         """The file with the tracebacks of its failed attempts; None if it has none."""

@@ -141,25 +141,33 @@ class Storage:
         with self._errors():
             self._storage.set_trial_user_attr(self._trial_id(number), key, value)
 
-    def begin(self, number: int) -> int:
-        """Count one more attempt; how many that makes."""
-        trial, attempts = self._trial_id(number), self.frozen(number).user_attrs.get("attempts", [])
-        attempts = [*attempts, {"began": time.time()}]
+    def begin(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Count one more attempt; how many that makes, and the trial's attributes."""
+        trial, before = self._trial_id(number), self.frozen(number)
+        attempts = [*before.user_attrs.get("attempts", []), {"began": time.time()}]
         with self._errors():
-            if self._storage.get_trial(trial).state == TrialState.WAITING:
+            if before.state == TrialState.WAITING:
                 self._storage.set_trial_state_values(trial, TrialState.RUNNING)
             self._storage.set_trial_user_attr(trial, "attempts", attempts)
-        return len(attempts)
+        return len(attempts), dict(before.user_attrs)
 
-    def end_attempt(self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False) -> None:
-        """The attempt is over, and `reason` is why the trial is not; `excused` where that was not its fault."""
-        attempts = self.frozen(number).user_attrs.get("attempts", [])
+    def end_attempt(
+        self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False
+    ) -> dict[str, Any]:
+        """The attempt is over, and `reason` is why the trial is not; `excused` where that was not its fault.
+
+        Returns:
+            the trial's attributes as they were.
+        """
+        attributes = dict(self.frozen(number).user_attrs)
+        attempts = attributes.get("attempts", [])
         if not attempts or "ended" in attempts[-1]:
-            return
+            return attributes
         ended = time.time() if known_end else None
         attempts = [*attempts[:-1], {**attempts[-1], "ended": ended, "reason": reason, "excused": excused}]
         with self._errors():
             self._storage.set_trial_user_attr(self._trial_id(number), "attempts", attempts)
+        return attributes
 
     def deaths(self, number: int) -> int:
         """Attempts that ended by the trial's own fault."""
@@ -191,10 +199,10 @@ class Storage:
         metrics: Mapping[str, float] | None = None,
     ) -> TrialRecord:
         """End a trial; its final record. `values` only of a complete one."""
-        self.end_attempt(number, None)
-        trial = self._trial_id(number)
+        attributes, trial = self.end_attempt(number, None), self._trial_id(number)
         with self._errors():
-            self._storage.set_trial_user_attr(trial, "reason", reason)
+            if reason is not None or "reason" in attributes:
+                self._storage.set_trial_user_attr(trial, "reason", reason)
             self._storage.set_trial_user_attr(trial, "metrics", dict(metrics or {}))
             self.study.tell(number, list(values) if values is not None else None, state=_OPTUNA[state])
         return self.record(number)
