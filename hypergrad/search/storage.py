@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hypergrad.search.spec import StudySpec
 
 NAME = "study"
 FILE = "study.db"
+DAMAGED = "The file is damaged: put back a copy of it, or start a new study in another folder"
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
@@ -53,6 +55,7 @@ class Storage:
             backend = RDBStorage(address.render_as_string(), engine_kwargs={"connect_args": {"timeout": 60}})
             sqlalchemy.event.listen(backend.engine, "connect", _fast_commits)
             backend.engine.dispose()  # connections made from now on commit fast
+            _check_integrity(backend)
             self._storage: BaseStorage = get_storage(backend)
             self._backend = backend
             directions = [optuna.study.StudyDirection[d.upper()] for d in spec.directions] if spec else []
@@ -240,14 +243,25 @@ class Storage:
             if "full" in cause:
                 cause += ". Free some space, then resume the study: nothing that was finished is lost"
             elif "malformed" in cause or "not a database" in cause:
-                cause += ". The file is damaged: put back a copy of it, or start a new study in another folder"
+                cause += f". {DAMAGED}"
             raise StorageError(f"{file}: {cause}.") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise StorageError(f"{file} holds what nobody wrote: {error}. {DAMAGED}.") from error
         except RuntimeError as error:
             if "schema" not in str(error) and "version" not in str(error):
                 raise
             raise StorageError(f"{file} was written by another version of Optuna: {error}") from error
         except KeyError as error:
             raise StorageError(f"{file} holds no study of hypergrad ({error}).") from error
+
+
+def _check_integrity(backend: RDBStorage) -> None:
+    """SQLite notices a page that is lost only when it reads it; a trial must not be missing because of that."""
+    with backend.engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if found != "ok":
+        lines = str(found).strip().splitlines()
+        raise StorageError(f"{backend.engine.url.database}: {lines[-1]}. {DAMAGED}.")
 
 
 def _make(folder: Path) -> None:

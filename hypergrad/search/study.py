@@ -27,7 +27,7 @@ from hypergrad.search.samplers.base import Sampler
 from hypergrad.search.samplers.catalog import sampler_of
 from hypergrad.search.space import Space
 from hypergrad.search.spec import Direction, StudySpec, as_directions, as_monitors
-from hypergrad.search.storage import Storage
+from hypergrad.search.storage import DAMAGED, FILE, Storage
 from hypergrad.search.trial import Trial
 
 if TYPE_CHECKING:
@@ -275,6 +275,8 @@ def _has_study(folder: Path) -> bool:
         Storage(folder).close()
     except StorageError as error:
         if "holds no study" in str(error) or "is no study" in str(error):
+            if any(folder.glob("trial-*")):
+                raise StorageError(f"{folder / FILE} is empty, but there are trials beside it. {DAMAGED}.") from error
             return False
         raise
     return True
