@@ -5,6 +5,9 @@ their own.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -146,3 +149,17 @@ def test_every_phase_has_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     free.launched(0)
     now = 1e9
     assert free.overdue() == []
+
+
+def test_a_server_whose_driver_went_without_listening_ends_quietly(tmp_path: Path) -> None:
+    """The system resets the connection where something was left unread."""
+    code = (
+        "import time; from hypergrad.search.execution.server import ForkServer; server = ForkServer.take()\n"
+        "while not server.control.recv(1, socket.MSG_PEEK): pass\n"
+        "server.control.close(); print(server._process.wait())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import socket; {code}"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.strip(), done.stderr) == ("0", "")

@@ -96,7 +96,9 @@ class Server:
                     self._wake.recv(4096)
                 self._reap()
             if self._control in ready:
-                data, fds, _, _ = socket.recv_fds(self._control, 1 << 20, 16)
+                data, fds = b"", list[int]()
+                with contextlib.suppress(ConnectionError):  # the driver was killed before it had read all
+                    data, fds, _, _ = socket.recv_fds(self._control, 1 << 20, 16)
                 if not data:
                     return None
                 self._buffer += data
