@@ -75,8 +75,9 @@ class Study:
         prune_on: str | None = None,
         seed: int | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # wherever this process goes
-        stored = Storage(self.folder) if Storage.exists(self.folder) and _has_study(self.folder) else None
+        self.folder = Path(folder)
+        self._home = self.folder.absolute()  # wherever this process goes
+        stored = Storage(self._home) if Storage.exists(self._home) and _has_study(self._home) else None
         before = stored.spec if stored is not None else None
         if before is None and space is None:
             raise ConfigurationError(
@@ -102,7 +103,7 @@ class Study:
                 f"{self.folder} holds a study that was made differently: {'; '.join(before.differences(spec))}. "
                 "Open it by Study(folder) as it is, or take another folder."
             )
-        self._storage = stored if stored is not None else Storage(self.folder, spec)
+        self._storage = stored if stored is not None else Storage(self._home, spec)
         self._stopped: str | None = None
 
     @property
@@ -175,9 +176,9 @@ class Study:
         )
         payload = pickled(train)
         executor = executor_of(execution, workers)
-        with Lock(self.folder):
+        with Lock(self._home):
             self._storage.target = limits.trials
-            board = Board(self.folder, self.spec)
+            board = Board(self._home, self.spec)
             board.open(self._storage.records())
             executor.open(payload)
             pruning = Pruning(self._pruner, self._storage)
