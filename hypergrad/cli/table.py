@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hypergrad.errors import HypergradError
 from hypergrad.search import Storage, TrialRecord
+from hypergrad.search.failure import FILE
 from hypergrad.search.front import front_of
 
 
@@ -43,7 +44,9 @@ def trials_table(records: Sequence[TrialRecord]) -> str:
         rows.append(
             (str(record.number), record.state, _short(record.value), seconds, str(record.attempts), params, reason)
         )
-    return _aligned(rows)
+    traced = [str(record.number) for record in records if record.error is not None]
+    said = f"\n\nTracebacks are in {FILE} in the folders of trials {', '.join(traced)}." if traced else ""
+    return _aligned(rows) + said
 
 
 def studies_table(folders: Sequence[Path]) -> str:

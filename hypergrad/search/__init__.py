@@ -5,7 +5,7 @@ Optuna draws the points and prunes; what is here owns processes, storage, retrie
 
 from hypergrad.search.cross_validation import CrossValidation, cross_validate
 from hypergrad.search.errors import ExecutionError, ObjectiveError, SpaceError, StorageError, TrialPruned
-from hypergrad.search.execution.base import Ended, Executor, Reported
+from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
 from hypergrad.search.execution.local import Local
 from hypergrad.search.execution.ray import Ray
 from hypergrad.search.messages import Job, Report, Result, Verdict
@@ -23,16 +23,19 @@ from hypergrad.search.trial import Trial, current_trial
 
 __all__ = [
     "PBT",
+    "Began",
     "Categorical",
     "Constant",
     "CrossValidation",
     "Ended",
+    "Event",
     "ExecutionError",
     "Executor",
     "Float",
     "Grid",
     "Int",
     "Job",
+    "Launched",
     "Local",
     "ObjectiveError",
     "Parameter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from hypergrad.search.failure import FILE
 from hypergrad.search.record import TrialRecord
 
 
@@ -49,9 +50,9 @@ class AlikeFailures:
             "trial of this run has" if len(self._records) == 1 else f"{len(self._records)} trials of this run have all"
         )
         return (
-            f"The first {which} failed of the same: {last.reason}. What trial {last.number} printed, traceback "
-            f"included, is in {last.folder / 'log.txt'}. Mend it and resume for the others, or give run() a larger "
-            "`alike_failures`"
+            f"The first {which} failed of the same: {last.reason}. The traceback of trial {last.number} is in "
+            f"{last.folder / FILE}, what it printed in log.txt beside it. Mend it and resume for the others, or give "
+            "run() a larger `alike_failures`"
         )
 
 

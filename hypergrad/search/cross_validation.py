@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
@@ -23,6 +24,7 @@ from hypergrad.search.seeding import derived_seed, seed_everything
 from hypergrad.search.trial import Trial, as_number, current_trial
 
 FILE = "folds.json"
+_used: WeakSet[Trial] = WeakSet()
 TrainFold = Callable[[Trial, "Subset[Any]", "Subset[Any]"], Any]
 
 
@@ -91,12 +93,12 @@ def cross_validate(
         repeats: how often all is done, each time with other folds; at least 1.
         seed: of the splits, and of the trainings outside a trial. The same for all trials of a study, for they are
             compared on the same folds.
-        trial: None takes the trial that this process runs, if it does.
+        trial: None takes the trial that this process runs, if it does. Once: see `Trial.fold` for a second time.
         monitor: the metric that counts. None takes the study's, or `"val_loss"`.
         folder: where to keep things outside a trial; None: nowhere.
 
     Raises:
-        ConfigurationError: for numbers out of range, or labels of another length.
+        ConfigurationError: for numbers out of range, labels of another length, or a trial that was given before.
         ObjectiveError: if `train_fold` returns no finite number for `monitor`.
         TrialPruned: when the study stops the trial; let it pass.
         ModuleNotFoundError: without scikit-learn.
@@ -146,6 +148,12 @@ def _report(context: Trial, values: list[float]) -> None:
 def _context(trial: Trial | None, folder: str | Path | None, seed: int, monitor: str | None) -> Iterator[Trial]:
     """The trial that the folds belong to, or one that reports to nobody."""
     if trial is not None:
+        if trial in _used:
+            raise ConfigurationError(
+                "cross_validate was called with this trial before, whose folds are in its folder: give each call a "
+                "part of its own, such as trial=trial.fold(100), and one within a fold that fold's trial."
+            )
+        _used.add(trial)
         yield trial
         return
     with tempfile.TemporaryDirectory(prefix="hypergrad-") as temporary:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 
 from hypergrad.search.alike import AlikeFailures
 from hypergrad.search.board import Board
+from hypergrad.search.clock import Clocks
 from hypergrad.search.errors import ObjectiveError, StorageError
-from hypergrad.search.execution.base import Ended, Executor, Reported
+from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
+from hypergrad.search.failure import FILE, keep_error, last_frame, stack_of
+from hypergrad.search.interrupt import ctrl_c
 from hypergrad.search.messages import Job, Result, Verdict
 from hypergrad.search.progress import Pace, Progress
 from hypergrad.search.pruners import Pruning
-from hypergrad.search.record import TrialRecord
 from hypergrad.search.samplers.base import Sampler
 from hypergrad.search.seeding import derived_seed
 from hypergrad.search.storage import Storage, trial_folder
@@ -63,7 +61,7 @@ class Driver:
         self._executor, self._board, self._limits = executor, board, limits
         self._progress, self._pace = progress, _pace(storage, limits)
         self._alike = AlikeFailures(limits.alike_failures)
-        self._deadlines: dict[int, float] = {}  # by running trial
+        self._clocks = Clocks(limits.trial_timeout)  # of the running trials
         self._stopped: dict[int, str] = {}  # what a running trial was told
         self._killed: dict[int, str] = {}  # why we killed it
         self._retries: deque[int] = deque()
@@ -79,23 +77,23 @@ class Driver:
         """
         self._adopt_orphans()
         until = time.monotonic() + self._limits.timeout if self._limits.timeout is not None else None
-        with _ctrl_c(self._interrupt), self._progress:
+        with ctrl_c(self._interrupt), self._progress:
             try:
                 while True:
                     if until is not None and time.monotonic() > until and self._stopping is None:
                         self._stopping = f"the timeout of {self._limits.timeout:g} s is over"
                     self._fill()
-                    if not self._deadlines:
+                    if not self._clocks:
                         break
                     for event in self._executor.poll(0.2):
                         self._handle(event)
                     self._enforce()
                     if self._progress.is_due:
-                        self._progress.show(self._pace.standing(len(self._deadlines)))
+                        self._progress.show(self._pace.standing(len(self._clocks)))
             finally:
                 self._executor.close()
                 with suppress(StorageError):  # a full disk: the next driver finds them running, and takes them on
-                    for number in self._deadlines:
+                    for number in self._clocks:
                         self._leave_waiting(number, "the study was stopped")
             self._progress.show(self._pace.standing(0))
         if self._invalid is not None:
@@ -115,7 +113,7 @@ class Driver:
                 self._leave_waiting(number, "the driver was killed", known_end=False)
 
     def _fill(self) -> None:
-        while self._stopping is None and len(self._deadlines) < self._executor.capacity:
+        while self._stopping is None and len(self._clocks) < self._executor.capacity:
             number = self._next()
             if number is None:
                 return
@@ -124,14 +122,14 @@ class Driver:
     def _next(self) -> int | None:
         if self._retries:
             return self._retries.popleft()
-        if self._room() and self._sampler.urgent(self._storage):
+        if self._sampler.urgent(self._storage) and self._room():
             return self._create()
         waiting = self._storage.numbers("waiting")
         if waiting:
-            able = self._sampler.continuable(self._storage, waiting, len(self._deadlines))
+            able = self._sampler.continuable(self._storage, waiting, len(self._clocks))
             if able:
                 return able[0]
-            if self._room() and self._sampler.urgent(self._storage):
+            if self._sampler.urgent(self._storage) and self._room():
                 return self._create()
         if self._room() and not self._sampler.exhausted(self._storage):
             return self._create()
@@ -163,7 +161,7 @@ class Driver:
         if not record.params:  # enqueued, or its driver was killed before it had drawn them
             self._propose(number)
             record = self._storage.record(number)
-        attempt, spec = self._storage.begin(number), self._storage.spec
+        (attempt, attributes), spec = self._storage.begin(number), self._storage.spec
         try:
             record.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -178,35 +176,47 @@ class Driver:
             prune_on=spec.prune_on,
             prunes=spec.pruner != "none" or self._sampler.needs_reports,
             folds_apart=spec.pruner.startswith("wilcoxon") or spec.pruner == "WilcoxonPruner object",
-            inherited="parent" in self._storage.attributes(number) and not record.curve,
+            inherited="parent" in attributes and not record.curve,
         )
         self._board.started(record)
-        self._deadlines[number] = time.monotonic() + (self._limits.trial_timeout or float("inf"))
+        self._clocks.submitted(number)
         self._executor.submit(job)
 
     # ---------------------------------------------------------------------------------------------------- hear
 
-    def _handle(self, event: Reported | Ended) -> None:
-        if event.number not in self._deadlines:
+    def _handle(self, event: Event) -> None:
+        if event.number not in self._clocks:
             return
-        if isinstance(event, Ended):
-            self._ended(event)
-            return
-        number, step, value = event.number, event.report.step, event.report.value
+        match event:
+            case Launched(number):
+                self._clocks.launched(number)
+            case Began(number):
+                self._clocks.began(number)
+            case Ended():
+                self._ended(event)
+            case Reported(number, report):
+                self._reported(number, report.step, report.value)
+
+    def _reported(self, number: int, step: int, value: float) -> None:
+        pauses = self._sampler.pauses(step) and self._is_news(number, step)
         self._storage.report(number, step, value)
         self._board.reported(number, step, value, trial_folder(self._storage.folder, number))
         reason = self._pruning.decide(number, step, value)
         if reason is None and self._stopping is not None:
             reason = _INTERRUPTED
-        elif reason is None and self._sampler.pauses(step):
+        elif reason is None and pauses:
             reason = _PAUSED
         if reason is not None:
             self._stopped[number] = reason
         self._executor.reply(number, Verdict(reason, later=reason in (_INTERRUPTED, _PAUSED)))
 
+    def _is_news(self, number: int, step: int) -> bool:
+        """A training that begins anew instead of going on has been at a step before, and would pause there for ever."""
+        return step > max(self._storage.record(number).curve, default=-1)
+
     def _ended(self, event: Ended) -> None:
         number, result = event.number, event.result
-        del self._deadlines[number]
+        self._clocks.ended(number)
         stopped, killed = self._stopped.pop(number, None), self._killed.pop(number, None)
         if stopped in (_INTERRUPTED, _PAUSED):
             self._leave_waiting(number, None if stopped == _PAUSED else self._stopping)
@@ -218,8 +228,19 @@ class Driver:
             self._invalid = self._stopping = f"Trial {number}: {result.reason}"
             self._leave_waiting(number, result.reason)
         else:
-            reason = killed or (result.reason if result is not None else event.reason)
-            self._failed(number, result, reason or "unknown")
+            reason = killed or (result.reason if result is not None else event.reason) or "unknown"
+            self._failed(number, result, self._explained(number, result, reason))
+
+    def _explained(self, number: int, result: Result | None, reason: str) -> str:
+        """The reason, with the place of a crash; all that is known goes into the trial's folder."""
+        record = self._storage.record(number)
+        stack = stack_of(record.folder, record.attempts)
+        if result is None and stack is not None:
+            frame = last_frame(stack)
+            reason = f"{reason}{f' in {frame}' if frame else ''}; the stack is in {FILE}"
+        parts = (result.traceback if result is not None else None, stack)
+        keep_error(record.folder, record.attempts, reason, "\n".join(filter(None, parts)))
+        return reason
 
     def _failed(self, number: int, result: Result | None, reason: str) -> None:
         if self._alike.enough:  # it was under way when that became clear, and waits for the mended function
@@ -241,7 +262,7 @@ class Driver:
         self._pruning.finished(record)
         self._board.finished(record, result.logged)
         self._pace.finished(record.state, record.value)
-        log.info("%s", _line(record))
+        log.info("%s", record.line())
         self._alike.ended(record)
         if self._alike.enough and self._stopping is None:
             self._invalid = self._stopping = self._alike.words()
@@ -253,10 +274,9 @@ class Driver:
     # ---------------------------------------------------------------------------------------------------- stop
 
     def _enforce(self) -> None:
-        now = time.monotonic()
-        for number, deadline in self._deadlines.items():
-            if now > deadline and number not in self._killed:
-                self._killed[number] = f"no end within trial_timeout={self._limits.trial_timeout:g} s"
+        for number, reason in self._clocks.overdue():
+            if number not in self._killed:
+                self._killed[number] = reason
                 self._executor.kill(number)
 
     def _interrupt(self) -> None:
@@ -273,25 +293,3 @@ def _pace(storage: Storage, limits: Limits) -> Pace:
     values = [r.value for r in records if single and r.state == "complete" and isinstance(r.value, float)]
     counts = Counter[str](r.state for r in records if r.finished)
     return Pace(counts, limits.trials, min(values, key=lambda v: sign * v, default=None), sign, limits.timeout)
-
-
-@contextmanager
-def _ctrl_c(handle: object) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears of signals
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        handle()  # type: ignore[operator]
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _line(record: TrialRecord) -> str:
-    value = "" if record.value is None else f" {record.value}"
-    reason = f" ({record.reason})" if record.reason else ""
-    return f"Trial {record.number} {record.state}{value}{reason}, {record.duration:.1f} s, {dict(record.params)}"

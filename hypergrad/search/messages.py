@@ -42,6 +42,11 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """A worker has loaded `train` and calls it next."""
+
+
+@dataclass(frozen=True)
 class Report:
     """A worker asks whether to go on, having reached `value` at `step`."""
 

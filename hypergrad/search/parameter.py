@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hypergrad.search.errors import SpaceError
+from hypergrad.search.steps import Steps
 
 Scalar = None | bool | int | float | str
 When = Mapping[str, Scalar | Sequence[Scalar]]
@@ -107,7 +109,7 @@ class Float(_Numeric):
         """The steps, or None without `step`."""
         if self.step is None:
             return None
-        return [self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)]
+        return Steps(self.low, self.step, round((self.high - self.low) / self.step) + 1)
 
     def distribution(self) -> BaseDistribution:
         """Optuna's `FloatDistribution`."""
@@ -277,10 +279,12 @@ def _is_positive(value: object) -> bool:
 def _check_bounds(parameter: Float | Int, kinds: tuple[type, ...]) -> None:
     low, high = parameter.low, parameter.high
     what = "finite numbers" if float in kinds else "integers"
-    if any(not isinstance(b, kinds) or isinstance(b, bool) or not math.isfinite(b) for b in (low, high)):
+    if any(not isinstance(b, kinds) or isinstance(b, bool) or not abs(b) <= sys.float_info.max for b in (low, high)):
         raise SpaceError(f"Bounds must be {what}, but got {low=!r}, {high=!r}.")
     if not low < high:
         raise SpaceError(f"`low` must be less than `high`, but got {low=!r}, {high=!r}.")
+    if not math.isfinite(float(high) - float(low)):
+        raise SpaceError(f"`high - low` must be a finite number, but got {low=!r}, {high=!r}.")
     if not isinstance(parameter.log, bool):
         raise SpaceError(f"`log` must be True or False, but got {parameter.log!r}.")
     if parameter.log and low <= 0:

@@ -80,6 +80,8 @@ class Pruning:
         """Why trial `number`, which has reported `value` at `step`, should stop; None if it may go on."""
         if not math.isfinite(value):
             return f"{self._storage.spec.prune_on} is {value} at step {step}"
+        if isinstance(self._pruner, NopPruner):
+            return None
         if self._view is not None:
             stop = self._view.decide(number, step, value)
         else:

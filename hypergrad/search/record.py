@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hypergrad.search.failure import FILE
+
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
 
@@ -40,6 +42,18 @@ class TrialRecord:
     duration: float = 0.0
     curve: Mapping[int, float] = field(default_factory=dict)
     folder: Path = Path()
+
+    def line(self) -> str:
+        """What is said of it in a log."""
+        value = "" if self.value is None else f" {self.value}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"Trial {self.number} {self.state}{value}{reason}, {self.duration:.1f} s, {dict(self.params)}"
+
+    @property
+    def error(self) -> Path | None:
+        """The file with the tracebacks of its failed attempts; None if it has none."""
+        path = self.folder / FILE
+        return path if path.exists() else None
 
     @property
     def finished(self) -> bool:

@@ -92,8 +92,8 @@ class Space(Mapping[str, Parameter]):
         """Optuna's distributions of what varies, conditional parameters among them."""
         return {name: p.distribution() for name, p in self.items() if not isinstance(p, Constant)}
 
-    def grid(self) -> Iterator[dict[str, Any]]:
-        """Every feasible point once, the last parameter changing fastest.
+    def grid(self, *, feasible: bool = True) -> Iterator[dict[str, Any]]:
+        """Every point once, the last parameter changing fastest; with `feasible` those that satisfy the constraints.
 
         Raises:
             SpaceError: at once, if a parameter is continuous.
@@ -104,7 +104,7 @@ class Space(Mapping[str, Parameter]):
                 f"A grid over {continuous} is infinite, for they are continuous: give each a `step` (without `log`), "
                 "or Categorical([...]) with the values to try."
             )
-        return (point for point in self._points(list(self), {}) if self.is_feasible(point))
+        return (point for point in self._points(list(self), {}) if not feasible or self.is_feasible(point))
 
     def _points(self, names: list[str], before: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not names:
@@ -175,6 +175,8 @@ def _ordered(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
                 raise SpaceError(
                     f"{name} has the condition when={key!r}, which is not in the space {list(parameters)}."
                 )
+            if parameters[key].values() is None:
+                raise SpaceError(f"{name} waits for {key} to be {list(allowed)}: of all reals, chance never draws it.")
             impossible = [value for value in allowed if not parameters[key].contains(value)]
             if impossible:
                 raise SpaceError(f"{name} waits for {key} to be {impossible}, which it never is: {parameters[key]}.")
@@ -185,4 +187,18 @@ def _ordered(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
             circle = [name for name in parameters if name not in ordered]
             raise SpaceError(f"The conditions of {circle} go in a circle: each waits for another.")
         ordered[ready[0]] = parameters[ready[0]]
+    needed: dict[str, dict[str, set[Scalar]]] = {}
+    for name, parameter in ordered.items():
+        needed[name] = _needed(name, parameter, needed)
     return ordered
+
+
+def _needed(name: str, parameter: Parameter, before: Mapping[str, Mapping[str, set[Scalar]]]) -> dict[str, set[Scalar]]:
+    """What all that `parameter` depends on, directly or not, must be for it to be active."""
+    found = {key: set(values) for key, values in parameter.conditions.items()}
+    for key in parameter.conditions:
+        for other, values in before[key].items():
+            found[other] = found.get(other, values) & values
+            if not found[other]:
+                raise SpaceError(f"{name} is never active: it and {key}, which it waits for, need different {other}.")
+    return found

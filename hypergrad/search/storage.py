@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hypergrad.search.spec import StudySpec
 
 NAME = "study"
 FILE = "study.db"
+DAMAGED = "The file is damaged: put back a copy of it, or start a new study in another folder"
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
@@ -48,10 +50,12 @@ class Storage:
         self.folder = folder
         with self._errors():
             if spec is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            backend = RDBStorage(f"sqlite:///{folder / FILE}", engine_kwargs={"connect_args": {"timeout": 60}})
+                _make(folder)
+            address = sqlalchemy.URL.create("sqlite", database=str(folder.absolute() / FILE))
+            backend = RDBStorage(address.render_as_string(), engine_kwargs={"connect_args": {"timeout": 60}})
             sqlalchemy.event.listen(backend.engine, "connect", _fast_commits)
             backend.engine.dispose()  # connections made from now on commit fast
+            _check_integrity(backend)
             self._storage: BaseStorage = get_storage(backend)
             self._backend = backend
             directions = [optuna.study.StudyDirection[d.upper()] for d in spec.directions] if spec else []
@@ -140,25 +144,33 @@ class Storage:
         with self._errors():
             self._storage.set_trial_user_attr(self._trial_id(number), key, value)
 
-    def begin(self, number: int) -> int:
-        """Count one more attempt; how many that makes."""
-        trial, attempts = self._trial_id(number), self.frozen(number).user_attrs.get("attempts", [])
-        attempts = [*attempts, {"began": time.time()}]
+    def begin(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Count one more attempt; how many that makes, and the trial's attributes."""
+        trial, before = self._trial_id(number), self.frozen(number)
+        attempts = [*before.user_attrs.get("attempts", []), {"began": time.time()}]
         with self._errors():
-            if self._storage.get_trial(trial).state == TrialState.WAITING:
+            if before.state == TrialState.WAITING:
                 self._storage.set_trial_state_values(trial, TrialState.RUNNING)
             self._storage.set_trial_user_attr(trial, "attempts", attempts)
-        return len(attempts)
+        return len(attempts), dict(before.user_attrs)
 
-    def end_attempt(self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False) -> None:
-        """The attempt is over, and `reason` is why the trial is not; `excused` where that was not its fault."""
-        attempts = self.frozen(number).user_attrs.get("attempts", [])
+    def end_attempt(
+        self, number: int, reason: str | None, *, known_end: bool = True, excused: bool = False
+    ) -> dict[str, Any]:
+        """The attempt is over, and `reason` is why the trial is not; `excused` where that was not its fault.
+
+        Returns:
+            the trial's attributes as they were.
+        """
+        attributes = dict(self.frozen(number).user_attrs)
+        attempts = attributes.get("attempts", [])
         if not attempts or "ended" in attempts[-1]:
-            return
+            return attributes
         ended = time.time() if known_end else None
         attempts = [*attempts[:-1], {**attempts[-1], "ended": ended, "reason": reason, "excused": excused}]
         with self._errors():
             self._storage.set_trial_user_attr(self._trial_id(number), "attempts", attempts)
+        return attributes
 
     def deaths(self, number: int) -> int:
         """Attempts that ended by the trial's own fault."""
@@ -190,10 +202,10 @@ class Storage:
         metrics: Mapping[str, float] | None = None,
     ) -> TrialRecord:
         """End a trial; its final record. `values` only of a complete one."""
-        self.end_attempt(number, None)
-        trial = self._trial_id(number)
+        attributes, trial = self.end_attempt(number, None), self._trial_id(number)
         with self._errors():
-            self._storage.set_trial_user_attr(trial, "reason", reason)
+            if reason is not None or "reason" in attributes:
+                self._storage.set_trial_user_attr(trial, "reason", reason)
             self._storage.set_trial_user_attr(trial, "metrics", dict(metrics or {}))
             self.study.tell(number, list(values) if values is not None else None, state=_OPTUNA[state])
         return self.record(number)
@@ -231,14 +243,32 @@ class Storage:
             if "full" in cause:
                 cause += ". Free some space, then resume the study: nothing that was finished is lost"
             elif "malformed" in cause or "not a database" in cause:
-                cause += ". The file is damaged: put back a copy of it, or start a new study in another folder"
+                cause += f". {DAMAGED}"
             raise StorageError(f"{file}: {cause}.") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise StorageError(f"{file} holds what nobody wrote: {error}. {DAMAGED}.") from error
         except RuntimeError as error:
             if "schema" not in str(error) and "version" not in str(error):
                 raise
             raise StorageError(f"{file} was written by another version of Optuna: {error}") from error
         except KeyError as error:
             raise StorageError(f"{file} holds no study of hypergrad ({error}).") from error
+
+
+def _check_integrity(backend: RDBStorage) -> None:
+    """SQLite notices a page that is lost only when it reads it; a trial must not be missing because of that."""
+    with backend.engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if found != "ok":
+        lines = str(found).strip().splitlines()
+        raise StorageError(f"{backend.engine.url.database}: {lines[-1]}. {DAMAGED}.")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
 
 
 def _fast_commits(connection: Any, _: Any) -> None:

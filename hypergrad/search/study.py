@@ -27,7 +27,7 @@ from hypergrad.search.samplers.base import Sampler
 from hypergrad.search.samplers.catalog import sampler_of
 from hypergrad.search.space import Space
 from hypergrad.search.spec import Direction, StudySpec, as_directions, as_monitors
-from hypergrad.search.storage import Storage
+from hypergrad.search.storage import DAMAGED, FILE, Storage
 from hypergrad.search.trial import Trial
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class Study:
         seed: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        stored = Storage(self.folder) if Storage.exists(self.folder) and _has_study(self.folder) else None
+        self._home = self.folder.absolute()  # wherever this process goes
+        stored = Storage(self._home) if Storage.exists(self._home) and _has_study(self._home) else None
         before = stored.spec if stored is not None else None
         if before is None and space is None:
             raise ConfigurationError(
@@ -102,7 +103,7 @@ class Study:
                 f"{self.folder} holds a study that was made differently: {'; '.join(before.differences(spec))}. "
                 "Open it by Study(folder) as it is, or take another folder."
             )
-        self._storage = stored if stored is not None else Storage(self.folder, spec)
+        self._storage = stored if stored is not None else Storage(self._home, spec)
         self._stopped: str | None = None
 
     @property
@@ -120,7 +121,7 @@ class Study:
         """Why the last `run` of this object ended before it was through, such as `"Ctrl-C"`; None if it was."""
         return self._stopped
 
-    def enqueue(self, **params: Scalar) -> int:
+    def enqueue(self, /, **params: Scalar) -> int:
         """Have a point tried before the sampler's own, such as the settings used so far; the trial's number.
 
         Raises:
@@ -175,9 +176,9 @@ class Study:
         )
         payload = pickled(train)
         executor = executor_of(execution, workers)
-        with Lock(self.folder):
+        with Lock(self._home):
             self._storage.target = limits.trials
-            board = Board(self.folder, self.spec)
+            board = Board(self._home, self.spec)
             board.open(self._storage.records())
             executor.open(payload)
             pruning = Pruning(self._pruner, self._storage)
@@ -275,6 +276,8 @@ def _has_study(folder: Path) -> bool:
         Storage(folder).close()
     except StorageError as error:
         if "holds no study" in str(error) or "is no study" in str(error):
+            if any(folder.glob("trial-*")):
+                raise StorageError(f"{folder / FILE} is empty, but there are trials beside it. {DAMAGED}.") from error
             return False
         raise
     return True
@@ -318,4 +321,5 @@ def _checked_limits(
     trials = trials if trials is not None else storage.target
     if trials is None and timeout is None and not sampler.ends:
         raise ConfigurationError("Say when the study ends: `trials=`, `timeout=`, or both.")
+    sampler.check_trials(trials)
     return Limits(trials, timeout, retries, trial_timeout, alike_failures)

@@ -37,6 +37,12 @@ class TrialLogger(TensorBoardLogger):
         self._trial.keep({k: v for k, v in metrics.items() if k != "epoch"}, logged=True)
 
 
+class TrialCheckpoint(ModelCheckpoint):
+    """What the trial is continued from. A class of its own, so that a `ModelCheckpoint` of the user's can be beside it:
+    Lightning tells their states apart by class and arguments.
+    """
+
+
 class TrialWiring(pl.Callback):
     """Callback metrics into the trial's record; the trial's own hyperparameters onto a checkpoint of another one."""
 
@@ -82,9 +88,9 @@ def build_trainer(trial: Trial, kwargs: dict[str, Any]) -> pl.Trainer:
     callbacks = [TrialWiring(trial), *(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
     if not any(isinstance(callback, TrialPruning) for callback in callbacks):
         callbacks.append(TrialPruning(trial, trial.monitor, required=trial.prunes))
-    if kwargs.get("enable_checkpointing", True):
+    if kwargs.get("enable_checkpointing") is not False:
         callbacks.append(
-            ModelCheckpoint(
+            TrialCheckpoint(
                 dirpath=trial.folder / "checkpoints",
                 filename="last",
                 save_on_train_epoch_end=True,  # after validation: what was reported is in it

@@ -25,6 +25,9 @@ log = logging.getLogger("hypergrad.search")
 class Channel(Protocol):
     """The way to the driver."""
 
+    def begin(self) -> None:
+        """Say that `train` is called next."""
+
     def ask(self, report: Report) -> Verdict:
         """Report, and wait for the answer."""
 
@@ -135,8 +138,8 @@ class Trial:
         Raises:
             ConfigurationError: for a value that is no number, or a step that is no non-negative integer.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ConfigurationError(f"`step` must be an integer of at least 0, but got {step!r}.")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+            raise ConfigurationError(f"`step` must be an integer of at least 0 and below 2**63, but got {step!r}.")
         number = as_number(value)
         if number is None:
             raise ConfigurationError(f"`value` must be a number or a tensor with one element, but got {value!r}.")

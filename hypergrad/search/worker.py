@@ -16,15 +16,22 @@ import torch
 
 from hypergrad.search.checkpoint import raised_in
 from hypergrad.search.errors import TrialPruned
+from hypergrad.search.failure import traced_crashes
 from hypergrad.search.messages import Job, Result
 from hypergrad.search.seeding import seed_everything
 from hypergrad.search.trial import Channel, Trial, as_number, set_current_trial
 
 RESULT = "result.json"
+_LONGEST = 2000  # characters of a reason; all of it is in the traceback
 
 
 def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
     """Call `train` with the trial; never raises."""
+    with traced_crashes(Path(job.folder), job.attempt):
+        return _attempt(payload, job, channel)
+
+
+def _attempt(payload: bytes, job: Job, channel: Channel | None) -> Result:
     try:
         train: Callable[[Trial], Any] = cloudpickle.loads(payload)
     except BaseException as error:
@@ -34,6 +41,8 @@ def run_job(payload: bytes, job: Job, channel: Channel | None) -> Result:
     set_current_trial(trial)
     seed_everything(job.seed)
     try:
+        if channel is not None:
+            channel.begin()
         returned = train(trial)
         result = _result(trial, returned, job.monitors)
     except TrialPruned as pruned:
@@ -110,4 +119,11 @@ def _words(error: BaseException) -> str:
         return f"CUDA out of memory: {error}".splitlines()[0]
     if isinstance(error, MemoryError):
         return "out of memory (MemoryError)"
-    return f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    try:
+        said = str(error)
+    except Exception:  # of a __str__ of the user's
+        said = "it cannot be printed"
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+    # Names of files may contain what is no text, and cannot be stored.
+    said = said.encode(errors="backslashreplace").decode()
+    return f"{type(error).__name__}: {said}".strip().removesuffix(":")

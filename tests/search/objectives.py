@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from hypergrad.search import Trial
+from hypergrad.search.execution.server import ForkServer
 from tests.callbacks.modules import Net, data
 
 
@@ -59,6 +60,13 @@ def net(trial: Trial, epochs: int = 4, **options: Any) -> pl.Trainer:
 
 def fit(trial: Trial) -> Any:
     return net(trial).callback_metrics["val_loss"]
+
+
+def kept_server() -> ForkServer:
+    """The one that the next study will use."""
+    server = ForkServer.take()
+    server.give_back()
+    return server
 
 
 class DieAfterEpoch(pl.Callback):

@@ -142,3 +142,29 @@ def test_bad_trials_do_not_get_all_folds(tmp_path: Path, pruner: Any, curve: dic
     assert bad.state == "pruned"
     assert bad.curve == curve
     assert len(list(bad.folder.glob("fold-*"))) == len(curve)
+
+
+def test_a_second_cross_validation_is_refused_rather_than_given_the_folds_of_the_first(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        first = cross_validate(lambda *_: 1.0, DATASET, 2).mean
+        if trial.number == 0:
+            return first + cross_validate(lambda *_: 2.0, DATASET, 2).mean
+        return first + cross_validate(lambda *_: 2.0, DATASET, 2, trial=trial.fold(100)).mean
+
+    records = Study(tmp_path / "s", space={"x": Float(0.0, 1.0)}).run(train, 2)
+    assert [(r.state, r.value) for r in records] == [("failed", None), ("complete", 3.0)]
+    assert "such as trial=trial.fold(100)" in str(records[0].reason)
+
+
+def test_nested_cross_validation_has_folds_within_folds(tmp_path: Path) -> None:
+    def outer(fold: Trial, train: Subset[Any], val: Subset[Any]) -> float:
+        inner = cross_validate(lambda *_: 2.0, train, 2, trial=fold if fold.number else None).mean
+        return inner + int(fold.folder.name[-1])
+
+    def train(trial: Trial) -> float:
+        return cross_validate(outer, DATASET, 2).mean
+
+    records = Study(tmp_path / "s", space={"x": Float(0.0, 1.0)}).run(train, 2)
+    assert [(r.state, r.value) for r in records] == [("failed", None), ("complete", 2.5)]
+    assert "within a fold that fold's trial" in str(records[0].reason)
+    assert (records[1].folder / "fold-1" / "fold-0").is_dir()

@@ -123,10 +123,10 @@ def broken(trial: Trial) -> float:
 
 def test_an_objective_that_always_fails_is_told_early(tmp_path: Path) -> None:
     study = Study(tmp_path / "study", space=SPACE)
-    with pytest.raises(ObjectiveError, match=r"first 3 trials .* data.csv is not here.*log.txt"):
+    with pytest.raises(ObjectiveError, match=r"first 3 trials .* data.csv is not here.*error.txt, what .* log.txt"):
         study.run(broken, 20, alike_failures=3)
     assert [r.state for r in study.trials] == ["failed"] * 3
-    assert "FileNotFoundError" in (study.trials[-1].folder / "log.txt").read_text()
+    assert "FileNotFoundError" in (study.trials[-1].folder / "error.txt").read_text()
     study.resume(square)
     assert sum(r.state == "complete" for r in study.trials) == 17
     assert len(study.trials) == 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,19 @@ def test_a_hang_is_cancelled(tmp_path: Path) -> None:
             die("hang")
         return 1.0
 
-    (record,) = Study(tmp_path / "s", space=SPACE).run(train, 1, retries=1, trial_timeout=8.0, execution="ray")
-    assert (record.state, record.failures) == ("complete", ("no end within trial_timeout=8 s",))
+    (record,) = Study(tmp_path / "s", space=SPACE).run(train, 1, retries=1, trial_timeout=2.0, execution="ray")
+    assert (record.state, record.failures) == ("complete", ("no end within trial_timeout=2 s",))
+
+
+def test_neither_the_queue_nor_the_start_of_a_task_is_charged_to_a_trial(tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        time.sleep(1.5)
+        return 1.0
+
+    place = Ray(3, cpus_per_trial=2)  # one at a time
+    records = Study(tmp_path / "s", space=SPACE).run(train, 3, trial_timeout=2.5, execution=place)
+    assert [(r.state, r.attempts) for r in records] == [("complete", 1)] * 3
+    assert max(r.duration for r in records) > 4.5
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"cpus_per_trial": -1}, {"gpus_per_trial": "all"}])

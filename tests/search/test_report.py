@@ -165,7 +165,11 @@ def test_failed_trials_and_earlier_attempts_are_in_it(tmp_path: Path) -> None:
 
     study = Study(tmp_path / "study", space={"x": Float(0.0, 1.0), "k": Categorical(["a", "b"])})
     study.run(train, 3, retries=1)
-    found = sections(study.report().read_text())
+    page = study.report().read_text()
+    found = sections(page)
+    for number in (0, 1, 2):
+        assert f'<a href="trial-{number:04}/error.txt">traceback</a>' in page
+    assert 'href="../study/trial-0001/error.txt"' in study.report(tmp_path / "elsewhere" / "r.html").read_text()
     assert "failed, without a value" in found["History of val_loss"]
     assert "earlier attempts: ValueError: attempt 1" in found["Trials"]
     assert "ValueError: attempt 2; earlier attempts: ValueError: attempt 1" in found["Trials"]

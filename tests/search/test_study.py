@@ -384,3 +384,19 @@ def test_a_result_is_plain_json(tmp_path: Path) -> None:
     stored = json.loads((record.folder / "result.json").read_text())
     assert stored["attempt"] == 1
     assert stored["result"]["values"] == [record.value]
+
+
+def test_a_trial_takes_down_what_it_has_made_and_not_what_the_server_has(tmp_path: Path) -> None:
+    def train(trial: Trial) -> dict[str, float]:
+        import tempfile
+        import weakref
+
+        inherited = sum(finalizer.atexit for finalizer in weakref.finalize._registry)  # type: ignore[attr-defined]
+        folder = tempfile.TemporaryDirectory(dir=trial.folder, prefix="temporary-")
+        globals()["kept until the end"] = folder
+        return {"val_loss": 0.0, "inherited": inherited, "there": len(list(trial.folder.glob("temporary-*")))}
+
+    (record,) = Study(tmp_path / "s", space=SPACE).run(train, 1)
+    assert record.metrics["there"] == 1
+    assert not list(record.folder.glob("temporary-*"))
+    assert record.metrics["inherited"] == 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from hypergrad.search.analysis.chart import Chart, NothingToDrawError
 from hypergrad.search.analysis.charts import curves, history, learned
@@ -67,7 +68,7 @@ def write_report(folder: Path, material: Material, path: Path, png: Path | None 
     """
     _check_installed(png is not None)
     sections = list(_sections(material))
-    body = [_heading(folder, material), *_figures(sections), _trials(material)]
+    body = [_heading(folder, material), *_figures(sections), _trials(material, path.parent)]
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>'
     page += f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def _heading(folder: Path, material: Material) -> str:
     )
 
 
-def _trials(material: Material) -> str:
+def _trials(material: Material, beside: Path) -> str:
     names = list(material.spec.space)
     heads = ("trial", "state", *material.spec.monitors, "seconds", "attempts", *names, "reason")
     rows = ["".join(f"<th>{html.escape(head)}</th>" for head in heads)]
@@ -179,9 +180,10 @@ def _trials(material: Material) -> str:
             round(record.duration, 1),
             record.attempts,
         ]
-        cells += [*(record.params.get(name, "") for name in names), _why(record)]
+        cells += [record.params.get(name, "") for name in names]
         kind = "best" if record.number in best else record.state
-        rows.append("".join(f'<td class="{kind}">{html.escape(_number(cell))}</td>' for cell in cells))
+        shown = [*(html.escape(_number(cell)) for cell in cells), html.escape(_why(record)) + _link(record, beside)]
+        rows.append("".join(f'<td class="{kind}">{cell}</td>' for cell in shown))
     table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     return f'<h2>Trials</h2><div class="wide">{table}</div>'
 
@@ -191,6 +193,14 @@ def _why(record: TrialRecord) -> str:
     earlier = record.failures if record.state != "failed" else record.failures[:-1]
     before = f"earlier attempts: {'; '.join(earlier)}" if earlier else ""
     return "; ".join(part for part in (record.reason or "", before) if part)
+
+
+def _link(record: TrialRecord, beside: Path) -> str:
+    """To the tracebacks of its failed attempts, from a file in the folder `beside`."""
+    if record.error is None:
+        return ""
+    address = quote(Path(os.path.relpath(record.error, beside)).as_posix())
+    return f' <a href="{address}">traceback</a>'
 
 
 def _number(value: object) -> str:

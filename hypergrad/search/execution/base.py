@@ -9,6 +9,20 @@ from hypergrad.search.messages import Job, Report, Result, Verdict
 
 
 @dataclass(frozen=True)
+class Launched:
+    """The trial has a place, and its process starts. A trial that waits for a place is charged no time."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Began:
+    """Its process is there, has loaded `train` and calls it: its time runs from here."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Reported:
     """A trial asks whether to go on; it waits for `Executor.reply`."""
 
@@ -25,8 +39,14 @@ class Ended:
     reason: str | None = None
 
 
+Event = Launched | Began | Reported | Ended
+
+
 class Executor(abc.ABC):
-    """Runs jobs in processes of their own, `capacity` at a time."""
+    """Runs jobs in processes of their own, `capacity` at a time.
+
+    It tells all four events of every job, in order; of one that dies, those that it lived to see, and `Ended`.
+    """
 
     capacity: int
 
@@ -39,7 +59,7 @@ class Executor(abc.ABC):
         """Start a job. There are never more than `capacity`."""
 
     @abc.abstractmethod
-    def poll(self, timeout: float) -> list[Reported | Ended]:
+    def poll(self, timeout: float) -> list[Event]:
         """What has happened; waits up to `timeout` seconds for something to happen."""
 
     @abc.abstractmethod

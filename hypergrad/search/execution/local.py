@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 
 from hypergrad.errors import ConfigurationError
-from hypergrad.search.execution.base import Ended, Executor, Reported
-from hypergrad.search.execution.server import ForkServer, how_it_died
-from hypergrad.search.messages import Job, Report, Result, Verdict
+from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
+from hypergrad.search.execution.server import ForkServer, how_it_died, search_path
+from hypergrad.search.messages import Beginning, Job, Report, Result, Verdict
 
 _GRACE = 10.0  # seconds from a trial's result to the end of its process
 
@@ -32,7 +31,7 @@ class _Running:
     pid: int | None = None
     result: Result | None = None
     result_at: float = 0.0
-    doomed: bool = False
+    doomed_at: float | None = None  # to be killed since then
 
 
 class Local(Executor):
@@ -78,20 +77,21 @@ class Local(Executor):
         self._gpus = _assigned_gpus(workers, gpus_per_trial)
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // workers if _LINUX else (os.cpu_count() or 1))
         self._running: dict[int, _Running] = {}
-        self._events: list[Reported | Ended] = []
+        self._events: list[Event] = []
         self._server: ForkServer | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def open(self, payload: bytes) -> None:
-        """Start the server, if this process has none; it loads torch while the driver goes on."""
+        """Start the server, if none is kept; it loads torch while the driver goes on."""
         self._folder = tempfile.TemporaryDirectory(prefix="hypergrad-")
         (Path(self._folder.name) / "train.pkl").write_bytes(payload)
-        self._server = ForkServer.shared()
+        self._server = ForkServer.take()
 
     def submit(self, job: Job) -> None:
         """Have a process forked for the job."""
         assert self._folder is not None, "open() comes first"
-        self._server = ForkServer.shared()
+        if self._server is None or not self._server.alive():
+            self._server = ForkServer.take()
         self._server.wait_until_ready()
         slot = min(set(range(self.capacity)) - {r.slot for r in self._running.values()})
         ours, theirs = Pipe()
@@ -102,26 +102,31 @@ class Local(Executor):
             "log": str(Path(job.folder) / "log.txt"),
             "environment": {**os.environ, **gpus},
             "cwd": os.getcwd(),
-            "path": sys.path,
+            "path": search_path(),
             "threads": self._threads,
             "preload": self._preload,
         }
         self._running[job.number] = _Running(slot, ours)
         self._server.fork(request, theirs.fileno())
         theirs.close()
+        self._events.append(Launched(job.number))
 
-    def poll(self, timeout: float) -> list[Reported | Ended]:
+    def poll(self, timeout: float) -> list[Event]:
         """What has happened; waits up to `timeout` seconds for something to happen."""
         sources: dict[Any, int] = {r.connection: n for n, r in self._running.items() if not r.connection.closed}
-        if self._server is not None and not self._events:
-            for ready in wait([self._server.control, *sources], timeout):
-                if ready is self._server.control:
-                    self._listen(self._server)
+        server = self._server
+        if server is not None and not self._events:
+            for ready in wait([server.control, *sources], timeout):
+                if ready is server.control:
+                    self._listen(server)
                 else:
                     self._read(sources[ready])
+        now = time.monotonic()
         for running in self._running.values():
-            if running.result is not None and time.monotonic() > running.result_at + _GRACE:
+            if running.result is not None and now > running.result_at + _GRACE:
                 self._signal(running)
+            if running.pid is None and running.doomed_at is not None and now > running.doomed_at + _GRACE:
+                self._kill_server()  # it hangs, in a module to preload
         events, self._events = self._events, []
         return events
 
@@ -136,7 +141,7 @@ class Local(Executor):
         """SIGKILL to the trial's process group, as soon as it has one."""
         running = self._running.get(number)
         if running is not None:
-            running.doomed = True
+            running.doomed_at = running.doomed_at or time.monotonic()
             self._signal(running)
 
     def close(self) -> None:
@@ -147,8 +152,12 @@ class Local(Executor):
         while self._running and time.monotonic() < until:
             self.poll(0.1)
             self._events.clear()
+        if self._running:
+            self._kill_server()
         if self._folder is not None:
             self._folder.cleanup()
+        if self._server is not None:
+            self._server.give_back()
         self._server = self._folder = None
 
     # ----------------------------------------------------------------------------------------------------- inside
@@ -158,7 +167,7 @@ class Local(Executor):
             if "started" in event and event["started"] in self._running:
                 running = self._running[event["started"]]
                 running.pid = event["pid"]
-                if running.doomed:
+                if running.doomed_at is not None:
                     self._signal(running)
             elif "exited" in event:
                 number = next((n for n, r in self._running.items() if r.pid == event["exited"]), None)
@@ -178,7 +187,9 @@ class Local(Executor):
         except (EOFError, OSError):
             running.connection.close()
             return
-        if isinstance(message, Report):
+        if isinstance(message, Beginning):
+            self._events.append(Began(number))
+        elif isinstance(message, Report):
             self._events.append(Reported(number, message))
         elif isinstance(message, Result):
             running.result, running.result_at = message, time.monotonic()
@@ -192,6 +203,10 @@ class Local(Executor):
         running.connection.close()
         del self._running[number]
         self._events.append(Ended(number, running.result, None if running.result is not None else reason))
+
+    def _kill_server(self) -> None:
+        if self._server is not None:
+            self._server.kill()
 
     @staticmethod
     def _signal(running: _Running) -> None:

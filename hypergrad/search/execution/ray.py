@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hypergrad.errors import ConfigurationError
-from hypergrad.search.execution.base import Ended, Executor, Reported
+from hypergrad.search.execution.base import Began, Ended, Event, Executor, Launched, Reported
+from hypergrad.search.execution.server import search_path
 from hypergrad.search.messages import Job, Report, Result, Verdict
 from hypergrad.search.worker import run_job, save_result
 
@@ -47,14 +48,14 @@ class Ray(Executor):
         self._resources = {"num_cpus": cpus_per_trial, "num_gpus": gpus_per_trial}
         self._address = address
         self._ours = False
-        self._tasks: dict[Any, int] = {}  # by reference to the task
+        self._tasks: dict[Any, Job] = {}  # by reference to the task
         self._payload: Any = None
         self._mailbox: Any = None
 
     def open(self, payload: bytes) -> None:
         """Start or join Ray."""
         if not self._ray.is_initialized():
-            path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+            path = os.pathsep.join([os.getcwd(), *filter(None, search_path())])
             environment = {} if self._address else {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
             self._ray.init(self._address, log_to_driver=False, **environment)
             self._ours = True
@@ -65,17 +66,18 @@ class Ray(Executor):
         """Queue a task."""
         # A process per trial, as locally: all memory is returned at its end. Retries are the driver's to decide.
         task = self._ray.remote(max_calls=1, max_retries=0, **self._resources)(_attempt)
-        self._tasks[task.remote(self._payload, job.to_json(), self._mailbox)] = job.number
+        self._tasks[task.remote(self._payload, job.to_json(), self._mailbox)] = job
 
-    def poll(self, timeout: float) -> list[Reported | Ended]:
+    def poll(self, timeout: float) -> list[Event]:
         """What has happened; waits up to `timeout` seconds for something to happen."""
         if not self._tasks:
             time.sleep(timeout)
             return []
-        reports = self._ray.get(self._mailbox.drain.remote(timeout))
+        letters = self._ray.get(self._mailbox.drain.remote(timeout))
         ended, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
-        gone = {self._tasks[task] for task in ended}
-        events: list[Reported | Ended] = [Reported(n, report) for n, report in reports if n not in gone]
+        # Of attempts that go on. What one that has died left in the mailbox is none of the next one's.
+        alive = {(job.number, job.attempt) for task, job in self._tasks.items() if task not in ended}
+        events: list[Event] = [event for event, attempt in letters if (event.number, attempt) in alive]
         return events + [self._ended(task) for task in ended]
 
     def reply(self, number: int, verdict: Verdict) -> None:
@@ -84,8 +86,8 @@ class Ray(Executor):
 
     def kill(self, number: int) -> None:
         """End a task at once."""
-        for task, n in self._tasks.items():
-            if n == number:
+        for task, job in self._tasks.items():
+            if job.number == number:
                 self._ray.cancel(task, force=True)
 
     def close(self) -> None:
@@ -104,7 +106,7 @@ class Ray(Executor):
             self._ours = False
 
     def _ended(self, task: Any) -> Ended:
-        number = self._tasks.pop(task)
+        number = self._tasks.pop(task).number
         try:
             return Ended(number, Result.from_json(self._ray.get(task)))
         except self._ray.exceptions.WorkerCrashedError:
@@ -117,22 +119,25 @@ class _Mailbox:
     """An actor between the tasks and the driver, for a task cannot be talked to while it runs."""
 
     def __init__(self) -> None:
-        self._reports: list[tuple[int, Report]] = []
+        self._letters: list[tuple[Event, int]] = []
         self._answers: dict[int, asyncio.Future[Verdict]] = {}
         self._news = asyncio.Event()
 
-    async def ask(self, number: int, report: Report) -> Verdict:
-        self._answers[number] = asyncio.get_running_loop().create_future()
-        self._reports.append((number, report))
+    async def tell(self, event: Event, attempt: int) -> None:
+        self._letters.append((event, attempt))
         self._news.set()
+
+    async def ask(self, number: int, attempt: int, report: Report) -> Verdict:
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        await self.tell(Reported(number, report), attempt)
         return await self._answers[number]
 
-    async def drain(self, timeout: float) -> list[tuple[int, Report]]:
+    async def drain(self, timeout: float) -> list[tuple[Event, int]]:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), timeout)
         self._news.clear()
-        reports, self._reports = self._reports, []
-        return reports
+        letters, self._letters = self._letters, []
+        return letters
 
     async def reply(self, number: int, verdict: Verdict) -> None:
         answer = self._answers.pop(number, None)
@@ -145,24 +150,36 @@ class _Mailbox:
 
 
 class _Channel:
-    def __init__(self, number: int, mailbox: Any) -> None:
-        self._number, self._mailbox = number, mailbox
-
-    def ask(self, report: Report) -> Verdict:
+    def __init__(self, job: Job, mailbox: Any) -> None:
         import ray
 
-        verdict: Verdict = ray.get(self._mailbox.ask.remote(self._number, report))
+        self._ray: Any = ray
+        self._job, self._mailbox = job, mailbox
+
+    def launched(self) -> None:
+        self._tell(Launched(self._job.number))
+
+    def begin(self) -> None:
+        self._tell(Began(self._job.number))
+
+    def ask(self, report: Report) -> Verdict:
+        verdict: Verdict = self._ray.get(self._mailbox.ask.remote(self._job.number, self._job.attempt, report))
         return verdict
+
+    def _tell(self, event: Event) -> None:
+        self._ray.get(self._mailbox.tell.remote(event, self._job.attempt))  # it is there before anything happens
 
 
 def _attempt(payload: bytes, job_json: dict[str, Any], mailbox: Any) -> dict[str, Any]:
     """The task: one attempt at one trial, in a process that does nothing else before or after."""
     job = Job.from_json(job_json)
+    channel = _Channel(job, mailbox)
+    channel.launched()
     log = os.open(Path(job.folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
-    result = run_job(payload, job, _Channel(job.number, mailbox))
+    result = run_job(payload, job, channel)
     if result.traceback:
         print(result.traceback, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):

@@ -31,6 +31,9 @@ class Sampler(abc.ABC):
     def check(self, spec: StudySpec) -> None:  # noqa: B027 - most have nothing to object
         """Raise `ConfigurationError` where this sampler cannot search `spec`."""
 
+    def check_trials(self, trials: int | None) -> None:  # noqa: B027 - most take any number
+        """Raise `ConfigurationError` where this sampler cannot do with so many trials in all."""
+
     def exhausted(self, storage: Storage) -> bool:  # noqa: ARG002
         """Whether there is nothing more to try."""
         return False

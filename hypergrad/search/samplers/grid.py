@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from hypergrad.search.errors import SpaceError
 from hypergrad.search.samplers.base import Proposal, Sampler
 from hypergrad.search.spec import StudySpec
 from hypergrad.search.storage import Storage
+
+_TRIES = 100_000  # points that are looked at for a feasible one, before a trial is spent
 
 
 class Grid(Sampler):
@@ -26,8 +29,13 @@ class Grid(Sampler):
 
     def check(self, spec: StudySpec) -> None:
         """Raise `SpaceError` for a grid that is infinite or empty."""
-        if next(spec.space.grid(), None) is None:
-            raise SpaceError(f"No point of the grid satisfies {[c.text for c in spec.space.constraints]}.")
+        points = islice(spec.space.grid(feasible=False), _TRIES + 1)
+        count = 0
+        for count, point in enumerate(points, 1):  # noqa: B007 - it is how many there were
+            if spec.space.is_feasible(point):
+                return
+        which = f"None of the first {_TRIES} points" if count > _TRIES else "No point"
+        raise SpaceError(f"{which} of the grid satisfies {[c.text for c in spec.space.constraints]}.")
 
     def exhausted(self, storage: Storage) -> bool:
         """Whether every point has a trial."""

@@ -76,6 +76,11 @@ class PBT(Sampler):
             raise ConfigurationError(f"PBT decides itself who stops: leave out pruner={spec.pruner!r}.")
         require_feasible(spec.space)
 
+    def check_trials(self, trials: int | None) -> None:
+        """Raise `ConfigurationError` for fewer trials than members, who would wait for the missing ones."""
+        if trials is not None and trials < self.population:
+            raise ConfigurationError(f"`trials` must be at least PBT's population, {self.population}, but is {trials}.")
+
     def exhausted(self, storage: Storage) -> bool:
         """Whether the population is complete and nobody has to be replaced."""
         return len(storage.numbers()) >= self.population and not self.urgent(storage)
