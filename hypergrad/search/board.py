@@ -215,14 +215,17 @@ _serial = 0
 
 
 def _append(folder: Path, part: str, events: Iterable[Event], *, fresh: bool = False) -> Path:
-    """Append to this process' file for one part of a trial; no file stays open."""
+    """Append to this process' file for one part of a trial; no file stays open.
+
+    TensorBoard reads a folder's files in the order of their names, which must be that in which they were made.
+    """
     global _serial
     ours = sorted(folder.glob(f"events.out.tfevents.*.{os.getpid()}.*.{part}"))
     if ours and not fresh:
         path = ours[-1]
     else:
         _serial += 1
-        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{_serial}.{part}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{_serial:08}.{part}"
         path = folder / name
     new = not path.exists()
     with open(path, "ab") as file:

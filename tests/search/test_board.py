@@ -15,7 +15,7 @@ from tensorboard import program
 from torch.utils.data import TensorDataset
 
 from hypergrad.search import Categorical, Float, Int, Study, Trial, cross_validate
-from hypergrad.search.board import Board
+from hypergrad.search.board import Board, _append
 from tests.callbacks.modules import Net, data
 from tests.search.objectives import die
 
@@ -154,3 +154,11 @@ def test_a_folder_that_cannot_be_written_costs_the_picture_only(
     board.open([])
     board.started(study.trials[0])
     assert sum("TensorBoard files cannot be written" in r.message for r in caplog.records) == 1
+
+
+def test_the_files_of_a_trial_sort_as_they_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a second, too: TensorBoard would otherwise take the first report for the result."""
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    made = [_append(tmp_path, "end", [], fresh=True) for _ in range(120)]
+    assert made == sorted(made, key=lambda path: path.name)
+    assert len(set(made)) == 120
