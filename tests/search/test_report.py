@@ -193,6 +193,10 @@ def test_what_folds_and_continued_attempts_have_learned(tmp_path: Path) -> None:
             with SummaryWriter(str(trial.folder / f"fold-{i}")) as writer:
                 for step, value in ((1, 0.5), (2, 0.25)):
                     writer.add_scalar("hypergradient/lr/value", value, step)
+        with SummaryWriter(str(trial.folder)) as writer:
+            for step, decay in enumerate((0.0, 1e-5, 1e-3)):
+                writer.add_scalar("hypergradient/weight_decay/value", decay, step)
+                writer.add_scalar("hypergradient/dampening/value", decay - 1e-4, step)
         return float(trial.params["x"])
 
     study = Study(tmp_path / "study", space={"x": Float(0.0, 1.0)})
@@ -204,6 +208,9 @@ def test_what_folds_and_continued_attempts_have_learned(tmp_path: Path) -> None:
     from hypergrad.search.analysis.material import Material
 
     charts = learned(Material(study.spec, study.trials, study._storage.study))
+    # A weight decay starts from 0 where the optimizer has none; what may be negative has no logarithm.
+    assert {c.y: c.log_y for c in charts if " in " not in c.y} == {"weight_decay": True, "dampening": False}
+    charts = [c for c in charts if " in " in c.y]
     assert [(c.y, list(c.series[0].x), list(c.series[0].y)) for c in charts] == [
         ("lr in fold-0", [1, 2], [0.5, 0.25]),
         ("lr in fold-1", [1, 2], [0.5, 0.125]),

@@ -115,4 +115,6 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 
 def _positive(series: Sequence[Series]) -> bool:
-    return all(y > 0.0 for s in series for y in s.y)
+    """Whether a logarithmic axis shows them: a weight decay starts from 0 where the optimizer has none."""
+    values = [y for s in series for y in s.y if y is not None]
+    return bool(values) and min(values) >= 0.0 and sum(y > 0.0 for y in values) > len(values) / 2
