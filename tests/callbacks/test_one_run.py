@@ -305,7 +305,7 @@ def test_a_race_that_was_given_up_stays_given_up_after_a_checkpoint(tmp_path: Pa
 
     first, second = (HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1) for _ in range(2))
     train(first, 50)
-    train(second, 120, ckpt_path=tmp_path / "given-up.ckpt", weights_only=True)
+    train(second, 120, **continuing(tmp_path / "given-up.ckpt"))
     assert second.history[: len(first.history)] == first.history
     assert second.history[-1].values["lr"] != first.history[-1].values["lr"]  # still learned
 
