@@ -98,10 +98,6 @@ class Attachment:
         self._standing: list[dict[str, Any]] | None = None  # the user's groups, while every tensor has its own
         self._used: dict[str, tuple[float, float]] = {}
         self._scheduled: list[tuple[dict[str, Any], str, Any]] = []
-        # What the last step wrote, and what stood in the param groups then.
-        self._written: list[tuple[int, str, Any]] = []
-        self._written_from: list[Any] | None = None
-        self._read = list(dict.fromkeys(["lr", "weight_decay", *(h.key for h in hyperparameters)]))
         for group in optimizer.param_groups:
             for hyperparameter in hyperparameters:
                 _check_entry(group, hyperparameter)
@@ -299,21 +295,13 @@ class Attachment:
 
     def _apply_learned(self) -> None:
         self._restore_schedule()  # a step that raised, or a closure that was called twice
-        origin = self._origin()
-        if origin is not None and origin == self._written_from:  # most steps find what the last one did
-            for at, key, value in self._written:
-                group = self.optimizer.param_groups[at]
-                self._scheduled.append((group, key, group[key]))
-                group[key] = value
-            return
         self._used = {}
         layout = self.layout()
         shaped = [self._shaped(group) for group in self.optimizer.param_groups]
         pairs = [self._tuner.pairs(shaped[row.group], row.learned) for row in layout]
         if self._per_tensor:
             self._standing = split_groups(self.optimizer)
-        self._written = []
-        for at, (group, row, found) in enumerate(zip(self.optimizer.param_groups, layout, pairs, strict=True)):
+        for group, row, found in zip(self.optimizer.param_groups, layout, pairs, strict=True):
             for (key, hyperparameter), (scheduled, value) in zip(row.learned.items(), found, strict=True):
                 known = self._used.get(key)
                 if _stands_for(hyperparameter, None if known is None else known[1], value):
@@ -321,16 +309,6 @@ class Attachment:
                 if value != hyperparameter.read(group):
                     self._scheduled.append((group, hyperparameter.key, group[hyperparameter.key]))
                     hyperparameter.write(group, value)
-                    self._written.append((at, hyperparameter.key, group[hyperparameter.key]))
-        self._written_from = origin
-
-    def _origin(self) -> list[Any] | None:
-        """All that the values of a step are computed from; None where that is not worth the comparison."""
-        if self._per_tensor or self.shape is not None:
-            return None
-        entries = [group.get(key) for group in self.optimizer.param_groups for key in self._read]
-        # What is no number may be changed in place, or hold what is.
-        return [self._tuner.changes, *entries] if all(isinstance(x, _FIXED) for x in entries) else None
 
     def _lr_keys(self) -> set[str]:
         return {key for row in self.layout() for key, h in row.learned.items() if h.name == "lr"}
@@ -346,9 +324,6 @@ class Attachment:
         if self._standing is not None:
             rejoin_groups(self.optimizer, self._standing, {h.key for h in self.hyperparameters})
             self._standing = None
-
-
-_FIXED = (int, float, type(None))
 
 
 def _stands_for(hyperparameter: OptimizerHyperparameter, known: float | None, value: float) -> bool:

@@ -17,7 +17,7 @@ def write_down(loss: Callable[[], torch.Tensor]) -> dict[str, Any]:
     """What it takes to evaluate a loss again: tensors, numbers and strings in plain containers.
 
     Raises:
-        TypeError: where a batch is made of anything else.
+        TypeError: where a batch is made of anything else, and for the part of a loss that several processes share.
     """
     clipping = None
     if isinstance(loss, ClippedLoss):

@@ -34,7 +34,8 @@ from hypergrad.callbacks._monitors import Monitors
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import make_plan
 from hypergrad.callbacks._report import Facts, report
-from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, kind_of, names_of
+from hypergrad.callbacks._resuming import kind_of, load_trackers, load_tuner
+from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, names_of
 from hypergrad.callbacks._training import TrainingLoss
 from hypergrad.callbacks._validation import Score, ValidationLoss
 
@@ -248,10 +249,10 @@ class Run:
                 f"is continued with {tuple(self._names)}: a hyperparameter that is no longer named goes back "
                 "to what the optimizer says."
             )
-        self._load_trackers(state)
+        load_trackers(self._attachments, self._settings.estimator, state, self._trainer.strategy.root_device)
         if self._pieces is not None and state["pieces"] is not None:
             self._pieces.load_state_dict(state["pieces"])  # first, for it may choose the controller
-        self._load_tuner(state)
+        load_tuner(self._tuner, self._settings, state)
         progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
         for attachment, steps, measured_at in progress:
             attachment.steps, attachment.measured_at = steps, measured_at
@@ -299,31 +300,6 @@ class Run:
         score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
         module, attachment = self._trainer.lightning_module, self._attachments[0]
         self._pieces = Pieces(plan, self._trainer, module, attachment, score, self._tuner, self._modules)
-
-    def _load_tuner(self, state: dict[str, Any]) -> None:
-        saved, now = state.get("settings", {}), self._settings.described(self._tuner.controller)
-        changed = [
-            f"{name}={saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]
-        ]
-        if changed:
-            rank_zero_warn(f"The checkpoint was written with other settings of HyperGradient: {'; '.join(changed)}.")
-        tuner, kind = state["tuner"], kind_of(self._tuner.controller)
-        if state.get("controller", kind) != kind:
-            tuner = {**tuner, "controller": self._tuner.controller.state_dict()}  # it begins anew, from here
-        self._tuner.load_state_dict(tuner)
-
-    def _load_trackers(self, state: dict[str, Any]) -> None:
-        estimator = self._settings.estimator
-        if state["estimator"] == type(estimator).__name__ and None not in state["trackers"]:
-            for attachment, saved in zip(self._attachments, state["trackers"], strict=False):
-                attachment.load_tracker_state(saved, self._trainer.strategy.root_device)
-        elif estimator.needs_every_step:
-            rank_zero_warn(
-                f"{type(estimator).__name__} looks back at steps that the checkpoint does not hold (it was written "
-                "with another estimator or by several processes, or batches are not tensors, numbers and strings in "
-                "lists, tuples and dictionaries): the run continues, but its hypergradients see only what comes after "
-                "the checkpoint."
-            )
 
     def _learned(self, label: str, value: float) -> str:
         first, schedule = self.first_values.get(label, value), self._schedule.get(label)

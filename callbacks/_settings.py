@@ -65,12 +65,6 @@ class Settings:
         )
 
 
-def kind_of(controller: Controller) -> str:
-    """The classes of a controller and of those that it wraps: what can load its state."""
-    inner = getattr(controller, "controller", None)
-    return f"{type(controller).__name__}({kind_of(inner) if isinstance(inner, Controller) else ''})"
-
-
 def names_of(hyperparameters: Sequence[str | OptimizerHyperparameter]) -> list[str]:
     """What each is called."""
     return [h if isinstance(h, str) else h.name for h in hyperparameters]

@@ -86,7 +86,6 @@ class Tuner:
         # By the first key of a param group: what its values were computed from, and (scheduled, value) of each.
         self._known: dict[str, tuple[tuple[float, ...], list[tuple[float, float]]]] = {}
         self._moved: dict[str, tuple[float, float]] = {}  # by key: (scheduled, value), before decay is bounded
-        self.changes = 0  # how often any value has been moved: a mark of what was computed from them
 
     def values(self, group: ParamGroup, coordinates: Mapping[str, OptimizerHyperparameter]) -> dict[str, float]:
         """The values that a step should use, by key, for one param group in which the scheduled values stand.
@@ -177,7 +176,6 @@ class Tuner:
         self.controller.load_state_dict(state["controller"])
 
     def _forget(self) -> None:
-        self.changes += 1
         self._known.clear()
         self._moved.clear()
 

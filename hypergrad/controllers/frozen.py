@@ -20,14 +20,16 @@ class Frozen(Controller):
         names: such as `("lr",)`.
 
     Raises:
-        ConfigurationError: for no controller.
+        ConfigurationError: for no controller, and for one string in place of a sequence of them.
     """
 
     def __init__(self, controller: Controller, names: Sequence[str] = ("lr",)) -> None:
         if not isinstance(controller, Controller):
             raise ConfigurationError(f"`controller` must be an instance of Controller, but got {controller!r}.")
         self.controller = controller
-        self.names = frozenset(names)
+        if isinstance(names, str):
+            raise ConfigurationError(f"`names` must be a sequence of names, such as ({names!r},), but got {names!r}.")
+        self.names = tuple(names)
 
     def begin(self, updates: int | None) -> None:
         """Tell the wrapped controller."""

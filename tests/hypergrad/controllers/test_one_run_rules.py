@@ -178,3 +178,7 @@ def test_frozen_holds_some_and_hands_on_the_others() -> None:
     assert again.state_dict() == {"controller": {"updates": 7}}
     with pytest.raises(ConfigurationError, match="Controller"):
         Frozen(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"such as \('lr',\)"):
+        Frozen(push, "lr")
+    # The same in every process: a checkpoint compares it.
+    assert repr(Frozen(push, ("lr", "betas[0]"))).endswith(", names=('lr', 'betas[0]'))")
