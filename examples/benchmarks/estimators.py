@@ -112,10 +112,10 @@ def ratios(task: str, optimizer: str, estimator: str, steps: int, rounds: int) -
     return found
 
 
-def copies(optimizer: str, estimator: str, steps: int) -> float:
-    """Peak memory above plain training, in copies of the parameters of a large perceptron (36 MB)."""
+def copies(optimizer: str, estimator: str, steps: int, width: int) -> float:
+    """Peak memory above plain training, in copies of the parameters of a large perceptron."""
     torch.manual_seed(0)
-    model = perceptron(2900)
+    model = perceptron(width)
     opt, x, y = OPTIMIZERS[optimizer](model.parameters()), torch.randn(8, 64), torch.randint(0, 10, (8,))
     loss = lambda m: cross_entropy(m(x), y)  # noqa: E731
     plain(model, opt, loss, 2)  # with gradients and state of its own
@@ -178,25 +178,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="inner steps K")
     parser.add_argument("--horizons", type=int, nargs="*", default=[10, 60], help="K of the memory figures")
-    parser.add_argument("--task", default="", help="only tasks whose name starts with this")
+    parser.add_argument("--width", type=int, default=2900, help="of the perceptron of the memory figures (2900: 36 MB)")
+    parser.add_argument("--task", default="", help="only tasks whose name starts with this; 'none' for memory alone")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; K = {arguments.steps}"
     )
-    print(f"{'time over plain':24}" + "".join(f"{name:>20}" for name in ESTIMATORS))
+    print(f"{'time over plain':24}" + "".join(f"{name:>20}" for name in arguments.estimators))
     for task in (t for t in TASKS if t.startswith(arguments.task)):
         for optimizer in OPTIMIZERS:
             cells = []
-            for estimator in ESTIMATORS:
+            for estimator in arguments.estimators:
                 found = ratios(task, optimizer, estimator, arguments.steps, arguments.rounds)
                 cells.append(f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})")
             print(f"{f'{task}, {optimizer}':24}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
     if arguments.horizons:
         print(f"{'copies of parameters':24}" + "".join(f"{f'K = {k}':>12}" for k in arguments.horizons))
     for optimizer in OPTIMIZERS if arguments.horizons else ():
-        for estimator in ("kept", *ESTIMATORS):
-            cells = [copies(optimizer, estimator, steps) for steps in arguments.horizons]
+        for estimator in ("kept", *arguments.estimators):
+            cells = [copies(optimizer, estimator, steps, arguments.width) for steps in arguments.horizons]
             print(f"{f'{estimator}, {optimizer}':24}" + "".join(f"{cell:12.1f}" for cell in cells), flush=True)
     if arguments.horizons:
         implicit(arguments.rounds)

@@ -24,7 +24,8 @@ from hypergrad.estimators.base import (
     wide,
 )
 from hypergrad.hyperparameter import OptimizerHyperparameter
-from hypergrad.optimizer.step import RecordedStep, StateVector, check_optimizer
+from hypergrad.optimizer.recorded import RecordedStep
+from hypergrad.optimizer.step import StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
 from hypergrad.scopes import weights

@@ -16,8 +16,9 @@ import torch
 
 from hypergrad.errors import HyperparameterError, UnsupportedOptimizerError
 from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.optimizer.recorded import RecordedStep
 from hypergrad.optimizer.shadow import shadow, single_tensor_group
-from hypergrad.optimizer.step import Direction, RecordedStep, StateVector, differentiate_step
+from hypergrad.optimizer.step import Direction, StateVector, differentiate_step
 from hypergrad.rng import preserved_rng
 from hypergrad.torch_internals import raw_step
 

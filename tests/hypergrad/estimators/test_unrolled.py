@@ -27,7 +27,8 @@ from hypergrad import (
     hypergradient,
     resolve,
 )
-from hypergrad.optimizer.step import Direction, RecordedStep, StateVector, differentiate_step
+from hypergrad.optimizer.recorded import RecordedStep
+from hypergrad.optimizer.step import Direction, StateVector, differentiate_step
 from tests.hypergrad.cells import ACCEPTED, CELLS, REFUSED, Cell, Problem, ids
 from tests.hypergrad.layers import MODELS, assert_layers_are_differentiated
 
