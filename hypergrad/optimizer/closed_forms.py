@@ -85,85 +85,82 @@ class _Rule:
 
 
 def _sgd(at: _Elements) -> Parts:
-    group, rate = at.group, at.rates.get
+    group, rate, along = at.group, at.rates.get, at.along
     sign, lr, decay = -1.0 if group["maximize"] else 1.0, group["lr"], group["weight_decay"]
     momentum, damping = group["momentum"], group["dampening"]
     # g = +-grad + wd theta              dg = +-dgrad + wd dtheta + dwd theta
     gradient = _sum((sign, at.grad), (decay, at.param))
-    change = _sum((sign, at.along["grad"]), (decay, at.along["param"]), (rate("weight_decay", 0.0), at.param))
+    change = _sum((sign, along["grad"]), (decay, along["param"]), (rate("weight_decay", 0.0), at.param))
     if momentum == 0.0:
         # theta' = theta - lr g          dtheta' = dtheta - lr dg - dlr g
-        return {"param": _sum((1.0, at.along["param"]), (-lr, change), (-rate("lr", 0.0), gradient))}
+        terms = (1.0, along["param"]), (-lr, change), (-rate("lr", 0.0), gradient)
+        return {"param": _sum(*terms, into=along["param"])}
     before = at.state["momentum_buffer"]
     if before is None:
         # b' = g, and no more, on the first step
-        buffer, along = gradient, change
+        buffer, turned = gradient, change
     else:
         # b' = m b + (1 - d) g           db' = m db + (1 - d) dg + dm b - dd g
         buffer = _sum((momentum, before), (1.0 - damping, gradient))
-        along = _sum(
-            (momentum, at.along["momentum_buffer"]),
+        turned = _sum(
+            (momentum, along["momentum_buffer"]),
             (1.0 - damping, change),
             (rate("momentum", 0.0), before),
             (-rate("dampening", 0.0), gradient),
+            into=along["momentum_buffer"],
         )
-    update, turned = buffer, along
+    after, update = turned, buffer
     if group["nesterov"]:
         # u = g + m b'                   du = dg + m db' + dm b'
         update = _sum((1.0, gradient), (momentum, buffer))
-        turned = _sum((1.0, change), (momentum, along), (rate("momentum", 0.0), buffer))
+        turned = _sum((1.0, change), (momentum, after), (rate("momentum", 0.0), buffer))
     # theta' = theta - lr u              dtheta' = dtheta - lr du - dlr u
-    moved = _sum((1.0, at.along["param"]), (-lr, turned), (-rate("lr", 0.0), update))
-    return {"param": moved, "momentum_buffer": along}
+    moved = _sum((1.0, along["param"]), (-lr, turned), (-rate("lr", 0.0), update), into=along["param"])
+    return {"param": moved, "momentum_buffer": after}
 
 
 def _adam(at: _Elements) -> Parts:
-    group, rate = at.group, at.rates.get
+    group, rate, along = at.group, at.rates.get, at.along
     (beta1, beta2), eps, lr, decay = group["betas"], group["eps"], group["lr"], group["weight_decay"]
     dlr, ddecay, deps = rate("lr", 0.0), rate("weight_decay", 0.0), rate("eps", 0.0)
     dbeta1, dbeta2, t = rate("betas[0]", 0.0), rate("betas[1]", 0.0), at.step + 1.0
     sign, decoupled = -1.0 if group["maximize"] else 1.0, bool(group["decoupled_weight_decay"])
     l2, dl2 = (0.0, 0.0) if decoupled else (decay, ddecay)
+    m, v = at.state["exp_avg"], at.state["exp_avg_sq"]
     # g = +-grad + wd theta              dg = +-dgrad + wd dtheta + dwd theta
     gradient = _sum((sign, at.grad), (l2, at.param))
-    change = _sum((sign, at.along["grad"]), (l2, at.along["param"]), (dl2, at.param))
-    square = gradient * gradient
+    change = _sum((sign, along["grad"]), (l2, along["param"]), (dl2, at.param))
     # m' = b1 m + (1 - b1) g             dm' = b1 dm + (1 - b1) dg + db1 (m - g)
-    first = _sum((beta1, at.state["exp_avg"]), (1.0 - beta1, gradient))
+    first = gradient * (1.0 - beta1) if m is None else torch.lerp(m, gradient, 1.0 - beta1)
     dfirst = _sum(
-        (beta1, at.along["exp_avg"]), (1.0 - beta1, change), (dbeta1, at.state["exp_avg"]), (-dbeta1, gradient)
+        (beta1, along["exp_avg"]), (1.0 - beta1, change), (dbeta1, m), (-dbeta1, gradient), into=along["exp_avg"]
     )
     # v' = b2 v + (1 - b2) g^2           dv' = b2 dv + 2 (1 - b2) g dg + db2 (v - g^2)
-    second = _sum((beta2, at.state["exp_avg_sq"]), (1.0 - beta2, square))
-    dsecond = _sum((beta2, at.along["exp_avg_sq"]), (dbeta2, at.state["exp_avg_sq"]), (-dbeta2, square))
-    if change is not None:
-        gradient.mul_(change)
-        dsecond = (
-            gradient.mul_(2.0 * (1.0 - beta2)) if dsecond is None else dsecond.add_(gradient, alpha=2.0 * (1.0 - beta2))
-        )
+    second = _plus_product(_sum((beta2, v)), gradient, gradient, 1.0 - beta2)
+    dsecond = _sum((beta2, along["exp_avg_sq"]), (dbeta2, v), into=along["exp_avg_sq"])
+    dsecond = _plus_product(dsecond, gradient, gradient, -dbeta2, into=along["exp_avg_sq"])
+    dsecond = _plus_product(dsecond, gradient, change, 2.0 * (1.0 - beta2), into=along["exp_avg_sq"])
     # c = 1 - b^t                        dc = -t b^(t-1) db
     c1, c2 = 1.0 - beta1**t, 1.0 - beta2**t
     dc1, dc2 = -t * beta1 ** (t - 1.0) * dbeta1, -t * beta2 ** (t - 1.0) * dbeta2
-    # r = sqrt(v' / c2)                  dr = (dv' / c2 - v' dc2 / c2^2) / (2 r), and 0 where r is
-    root = (second / c2).sqrt_()
-    droot = _sum((0.5 / c2, dsecond), (-0.5 * dc2 / c2**2, second))
-    if droot is not None:
-        droot.div_(root).masked_fill_(root == 0.0, 0.0)
-        if deps:
-            droot.add_(deps)
-    elif deps:
-        droot = torch.full_like(root, deps)
-    # u = m' / (c1 (r + eps))            du = (dm' / c1 - m' dc1 / c1^2 - u (dr + deps)) / (r + eps)
-    bottom = root.add_(eps)
-    update = first.div(bottom).div_(c1)
-    dupdate = _sum((1.0 / c1, dfirst), (-dc1 / c1**2, first))
-    if droot is not None:
-        dupdate = droot.mul_(update).neg_() if dupdate is None else dupdate.addcmul_(update, droot, value=-1.0)
-    if dupdate is not None:
-        dupdate.div_(bottom)
+    # r = sqrt(v' / c2)                  2 c2 r dr = dv' - v' dc2 / c2, and dr = 0 where v' is 0, and dv' with it
+    dsquare = _sum((1.0, dsecond), (-dc2 / c2, second))
+    root = (second / c2).sqrt_().clamp_min_(torch.finfo(second.dtype).tiny ** 0.5)
+    # u = m' / (r + eps)                 (r + eps) du = dm' - m' dc1 / c1 - u (dr + deps), both of them over c1
+    bottom = root + eps
+    update = first / bottom
+    turned = _sum((1.0, dfirst), (-dc1 / c1, first), (-deps, update))
+    if dsquare is not None:
+        turned = _plus_product(turned, update, root.reciprocal_().mul_(dsquare), -0.5 / c2)
     # theta' = (1 - lr wd) theta - lr u  dtheta' = (1 - lr wd) dtheta - (dlr wd + lr dwd) theta - lr du - dlr u
     keep, dkeep = (1.0 - lr * decay, -dlr * decay - lr * ddecay) if decoupled else (1.0, 0.0)
-    moved = _sum((keep, at.along["param"]), (dkeep, at.param), (-lr, dupdate), (-dlr, update))
+    moved = _sum((keep, along["param"]), (dkeep, at.param), (-dlr / c1, update), into=along["param"])
+    if turned is not None:
+        if moved is None:
+            moved = (turned / bottom).mul_(-lr / c1)
+        else:
+            out = moved if moved is along["param"] else None
+            moved = torch.addcdiv(moved, turned, bottom, value=-lr / c1, out=out)
     return {"param": moved, "exp_avg": dfirst, "exp_avg_sq": dsecond}
 
 
@@ -201,7 +198,7 @@ def _carry(
     """The tangents after a step, by key; those before it are overwritten."""
     count = pieces_of(param)
     result: dict[str, torch.Tensor] = {}
-    targets: dict[str, list[torch.Tensor]] = {}
+    targets: dict[str, list[Any]] = {}
     values, grads = pieces(param.detach(), count), pieces(grad, count)
     entries = {key: _pieces(state.get(key), count) for key in rule.state}
     moving = {key: _pieces(t, count) for key, t in along.items()}
@@ -215,20 +212,39 @@ def _carry(
             if key not in result:
                 old = along[key]
                 result[key] = old if old is not None and old.is_contiguous() else torch.empty_like(param)
-                targets[key] = pieces(result[key], count)
-            targets[key][i].copy_(tangent)
+                targets[key] = moving[key] if result[key] is old else _pieces(result[key], count)
+            if tangent is not targets[key][i]:
+                targets[key][i].copy_(tangent)
     return result
 
 
-def _pieces(tensor: torch.Tensor | None, count: int) -> list[Part]:
+def _pieces(tensor: torch.Tensor | None, count: int) -> list[Any]:
     return [None] * count if tensor is None else list(pieces(tensor, count))
 
 
-def _sum(*terms: tuple[float, Part]) -> Any:
-    """A fresh tensor, or None where every term is zero."""
+def _sum(*terms: tuple[float, Part], into: Part = None) -> Any:
+    """The sum of factors times tensors, or None where every term is zero.
+
+    Not to be written to, for it may be one of the tensors; only `into`, if it is the first of them, is overwritten.
+    """
     total: Part = None
+    own = False
     for factor, tensor in terms:
         if tensor is None or factor == 0.0:
             continue
-        total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
+        if total is None and (factor == 1.0 or tensor is into):
+            total, own = tensor if factor == 1.0 else tensor.mul_(factor), tensor is into
+        elif total is None:
+            total, own = tensor * factor, True
+        else:
+            total, own = torch.add(total, tensor, alpha=factor, out=total if own else None), True
     return total
+
+
+def _plus_product(total: Part, a: Part, b: Part, factor: float, into: Part = None) -> Any:
+    """The same for one more term, a product of two tensors."""
+    if a is None or b is None or factor == 0.0:
+        return total
+    if total is None:
+        return (a * b).mul_(factor)
+    return torch.addcmul(total, a, b, value=factor, out=total if total is into else None)
