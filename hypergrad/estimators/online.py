@@ -223,6 +223,8 @@ def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """One vector, in the widest of the dtypes."""
+    if len(values) == 1:  # a param group alone: no copy
+        return values[0].reshape(1)
     if any(v.dtype == torch.float64 for v in values):
         values = [v.to(torch.float64) for v in values]
     return torch.stack(list(values))
