@@ -56,6 +56,9 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
     if len(rules) < len(groups) or not all(name in rules[index].names for index, name in asked):
         return differentiate_step(optimizer, direction)
     result = StateVector()
+    # A Hessian product may be the very tangent that it was asked of, or another parameter's, which are overwritten.
+    overwritten = {_storage(t) for t in direction.params.values()}
+    grads = {p: t.clone() if _storage(t) in overwritten else t for p, t in direction.grads.items()}
     for index, (group, rule) in enumerate(zip(groups, rules, strict=True)):
         rates = {name: rate for (i, name), rate in asked.items() if i == index}
         params = stepped_params(group)
@@ -63,7 +66,7 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
         for p in params:
             along = {
                 "param": direction.params.get(p),
-                "grad": direction.grads.get(p),
+                "grad": grads.get(p),
                 **{key: direction.state.get(p, {}).get(key) for key in rule.state},
             }
             if not rates and all(tangent is None for tangent in along.values()):
@@ -216,6 +219,10 @@ def _carry(
             if tangent is not targets[key][i]:
                 targets[key][i].copy_(tangent)
     return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _pieces(tensor: torch.Tensor | None, count: int) -> list[Any]:

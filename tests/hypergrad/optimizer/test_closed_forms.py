@@ -113,3 +113,35 @@ def test_nothing_but_the_tangents_is_written(double: None) -> None:
         assert torch.equal(was, now)
     torch.testing.assert_close(found.params[p], expected.params[p], rtol=1e-10, atol=1e-13)
     assert found.params[p] is tangents.params[p]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: O.SGD(p, lr=0.1),
+        lambda p: O.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: O.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: O.Adam(p, lr=0.1),
+        lambda p: O.Adam(p, lr=0.1, betas=(0.0, 0.9)),
+    ],
+)
+@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_hessian_products_that_share_memory_with_tangents(make: Any, crossed: bool, steps: int, double: None) -> None:
+    first, second = torch.randn(40, 40), torch.randn(40, 40)
+    optimizer = make([first, second])
+    for step in range(steps + 1):
+        first.grad, second.grad = torch.randn(40, 40), torch.randn(40, 40)
+        if step < steps:
+            optimizer.step()
+    tangents = {first: torch.randn(40, 40), second: torch.randn(40, 40)}
+    # H = 1 gives back the tangents themselves; the loss (first * second.T).sum() those of the other, turned.
+    products = {first: tangents[second].T, second: tangents[first].T} if crossed else dict(tangents)
+    direction = Direction({(0, OptimizerHyperparameter("lr")): 1.0}, tangents, products, {})
+    expected = differentiate_step(optimizer, direction)
+    found = carried(optimizer, direction)
+    for p in (first, second):
+        torch.testing.assert_close(found.params[p], expected.params[p], rtol=1e-10, atol=1e-13)
+        assert found.state.get(p, {}).keys() == expected.state.get(p, {}).keys()
+        for key, value in found.state.get(p, {}).items():
+            torch.testing.assert_close(value, expected.state[p][key], rtol=1e-10, atol=1e-13)
