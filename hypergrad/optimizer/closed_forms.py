@@ -149,21 +149,17 @@ def _adam(at: _Elements) -> Parts:
     # r = sqrt(v' / c2)                  2 c2 r dr = dv' - v' dc2 / c2, and dr = 0 where v' is 0, and dv' with it
     dsquare = _sum((1.0, dsecond), (-dc2 / c2, second))
     root = (second / c2).sqrt_().clamp_min_(torch.finfo(second.dtype).tiny ** 0.5)
-    # u = m' / (r + eps)                 (r + eps) du = dm' - m' dc1 / c1 - u (dr + deps), both of them over c1
-    bottom = root + eps
-    update = first / bottom
+    # u = m' / (r + eps)                 (r + eps) du = dm' - m' dc1 / c1 - u (dr + deps), both of them over c1;
+    # `inverse` is 1 / (r + eps)
+    inverse = (root + eps).reciprocal_()
+    update = first * inverse
     turned = _sum((1.0, dfirst), (-dc1 / c1, first), (-deps, update))
     if dsquare is not None:
         turned = _plus_product(turned, update, root.reciprocal_().mul_(dsquare), -0.5 / c2)
     # theta' = (1 - lr wd) theta - lr u  dtheta' = (1 - lr wd) dtheta - (dlr wd + lr dwd) theta - lr du - dlr u
     keep, dkeep = (1.0 - lr * decay, -dlr * decay - lr * ddecay) if decoupled else (1.0, 0.0)
     moved = _sum((keep, along["param"]), (dkeep, at.param), (-dlr / c1, update), into=along["param"])
-    if turned is not None:
-        if moved is None:
-            moved = (turned / bottom).mul_(-lr / c1)
-        else:
-            out = moved if moved is along["param"] else None
-            moved = torch.addcdiv(moved, turned, bottom, value=-lr / c1, out=out)
+    moved = _plus_product(moved, turned, inverse, -lr / c1, into=along["param"])
     return {"param": moved, "exp_avg": dfirst, "exp_avg_sq": dsecond}
 
 
@@ -214,8 +210,11 @@ def _carry(
                 continue
             if key not in result:
                 old = along[key]
-                result[key] = old if old is not None and old.is_contiguous() else torch.empty_like(param)
-                targets[key] = moving[key] if result[key] is old else _pieces(result[key], count)
+                if old is not None and old.is_contiguous():
+                    result[key], targets[key] = old, moving[key]
+                else:
+                    result[key] = torch.empty_like(param)
+                    targets[key] = _pieces(result[key], count)
             if tangent is not targets[key][i]:
                 targets[key][i].copy_(tangent)
     return result
