@@ -12,17 +12,15 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from hypergrad.optimizer.differentiable import DifferentiableMode
 from hypergrad.optimizer.packets import Packet, collect
-from hypergrad.optimizer.shadow import shadow
-from hypergrad.optimizer.step import (
-    Coordinate,
-    StateVector,
+from hypergrad.optimizer.shadow import (
     as_number,
-    check_optimizer,
     groups_of,
     instead_of_zero,
+    shadow,
     take,
     without_zero_lr,
 )
+from hypergrad.optimizer.step import Coordinate, StateVector, check_optimizer
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from hypergrad.hyperparameter import ParamGroup
+from hypergrad.errors import UnsupportedOptimizerError
+from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.optimizer.packets import Packet, exact_counters
+from hypergrad.optimizer.rules import is_linear_in_lr
+from hypergrad.torch_internals import raw_step
 
 # Implementation switches that choose a kernel, never a rule. The single-tensor Python path is the one that
 # forward AD can follow; `differentiable` selects it in every torch optimizer.
 _SINGLE_TENSOR = {"foreach": False, "fused": False, "capturable": False, "differentiable": True}
-
+# In place of an lr of 0, by which Adam's differentiable path divides.
+_TINY_LR = 1e-20
 
 # LR schedulers patch `step` on the instance; a GradScaler leaves the other two on fused optimizers.
 _NOT_COPIED = frozenset({"step", "grad_scale", "found_inf"})
@@ -56,3 +62,51 @@ def single_tensor_group(group: ParamGroup, params: list[torch.Tensor]) -> ParamG
     settings = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
     settings.update({key: value for key, value in _SINGLE_TENSOR.items() if key in settings})
     return {**settings, "params": params}
+
+
+def groups_of(param_groups: Sequence[ParamGroup], packets: Sequence[Packet]) -> list[ParamGroup]:
+    """The settings of each param group, with the packets of that group for its parameters."""
+    return [
+        single_tensor_group(group, [packet.param for packet in packets if packet.group == index])
+        for index, group in enumerate(param_groups)
+    ]
+
+
+def without_zero_lr(groups: Sequence[ParamGroup]) -> None:
+    """Adam's differentiable path divides by lr, which a schedule may set to 0: a tiny one moves nothing either."""
+    for group in groups:
+        if isinstance(group.get("lr"), (int, float)) and group["lr"] == 0.0:
+            group["lr"] = _TINY_LR
+
+
+def take(twin: torch.optim.Optimizer, packets: Sequence[Packet]) -> None:
+    """The step of a shadow.
+
+    Raises:
+        UnsupportedOptimizerError: where it leaves torch's differentiable operations.
+    """
+    try:
+        with exact_counters(packets):
+            raw_step(twin)
+    except (UnsupportedOptimizerError, NotImplementedError) as error:
+        raise UnsupportedOptimizerError(
+            f"The step of {type(twin).__name__} cannot be differentiated: {error}."
+        ) from error
+
+
+def as_number(value: float) -> torch.Tensor:
+    """A setting as what it is differentiated as."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def instead_of_zero(optimizer: torch.optim.Optimizer, hyperparameter: OptimizerHyperparameter, lr_alone: bool) -> float:
+    """The value at which to differentiate with respect to a hyperparameter that is 0.
+
+    Args:
+        lr_alone: whether nothing but hyperparameters has a tangent.
+    """
+    if hyperparameter.name == "lr" and lr_alone and is_linear_in_lr(optimizer):
+        return 1.0  # the same derivative everywhere, and Adam's differentiable path divides by lr
+    # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: a tiny
+    # positive number takes the branch and changes nothing else. Adam divides by lr, also in float32.
+    return _TINY_LR if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hypergrad.errors import UnsupportedOptimizerError
-from hypergrad.hyperparameter import OptimizerHyperparameter, ParamGroup
+from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.differentiable import DifferentiableMode, dual, dual_level, tangent
 from hypergrad.optimizer.packets import (
     ByParam,
@@ -21,16 +21,20 @@ from hypergrad.optimizer.packets import (
     StateByParam,
     bundles,
     collect,
-    exact_counters,
 )
-from hypergrad.optimizer.rules import is_linear_in_lr
-from hypergrad.optimizer.shadow import shadow, single_tensor_group
+from hypergrad.optimizer.shadow import (
+    as_number,
+    groups_of,
+    instead_of_zero,
+    shadow,
+    single_tensor_group,
+    take,
+    without_zero_lr,
+)
 from hypergrad.torch_internals import raw_step
 
 # A hyperparameter of one param group, by the group's index.
 Coordinate = tuple[int, OptimizerHyperparameter]
-
-_TINY_LR = 1e-20
 
 # Closures that re-evaluate the loss, and sparse gradients: neither is one map from (s, g) to s'.
 _REFUSED = {
@@ -153,36 +157,6 @@ def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict
     return result
 
 
-def groups_of(param_groups: Sequence[ParamGroup], packets: Sequence[Packet]) -> list[ParamGroup]:
-    """The settings of each param group, with the packets of that group for its parameters."""
-    return [
-        single_tensor_group(group, [packet.param for packet in packets if packet.group == index])
-        for index, group in enumerate(param_groups)
-    ]
-
-
-def without_zero_lr(groups: Sequence[ParamGroup]) -> None:
-    """Adam's differentiable path divides by lr, which a schedule may set to 0: a tiny one moves nothing either."""
-    for group in groups:
-        if isinstance(group.get("lr"), (int, float)) and group["lr"] == 0.0:
-            group["lr"] = _TINY_LR
-
-
-def take(twin: torch.optim.Optimizer, packets: Sequence[Packet]) -> None:
-    """The step of a shadow.
-
-    Raises:
-        UnsupportedOptimizerError: where it leaves torch's differentiable operations.
-    """
-    try:
-        with exact_counters(packets):
-            raw_step(twin)
-    except (UnsupportedOptimizerError, NotImplementedError) as error:
-        raise UnsupportedOptimizerError(
-            f"The step of {type(twin).__name__} cannot be differentiated: {error}."
-        ) from error
-
-
 def _make_dual(packet: Packet, direction: Direction) -> None:
     param, grad = packet.join(direction.params), packet.join(direction.grads)
     if param is not None:
@@ -208,21 +182,3 @@ def _collect_tangents(packet: Packet, twin: torch.optim.Optimizer, result: State
         parts = [change] * len(packet.params) if counter else packet.split(change)
         for p, part in zip(packet.params, parts, strict=True):
             result.state.setdefault(p, {})[key] = part
-
-
-def as_number(value: float) -> torch.Tensor:
-    """A setting as what it is differentiated as."""
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def instead_of_zero(optimizer: torch.optim.Optimizer, hyperparameter: OptimizerHyperparameter, lr_alone: bool) -> float:
-    """The value at which to differentiate with respect to a hyperparameter that is 0.
-
-    Args:
-        lr_alone: whether nothing but hyperparameters has a tangent.
-    """
-    if hyperparameter.name == "lr" and lr_alone and is_linear_in_lr(optimizer):
-        return 1.0  # the same derivative everywhere, and Adam's differentiable path divides by lr
-    # Rules skip a term whose factor is exactly 0 ("if weight_decay != 0"), and with it its derivative: a tiny
-    # positive number takes the branch and changes nothing else. Adam divides by lr, also in float32.
-    return _TINY_LR if hyperparameter.name == "lr" else float(torch.finfo(torch.float64).tiny)
