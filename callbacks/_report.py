@@ -50,6 +50,31 @@ def report(facts: Facts) -> str:
     return "\n".join([*lines, *(f"  => {line}" for line in verdict)])
 
 
+def summary(
+    first: Mapping[str, float],
+    last: Mapping[str, float],
+    schedule: Mapping[str, tuple[float, float]],
+    costs: str,
+    history: Sequence[Update],
+) -> str:
+    """One line.
+
+    Args:
+        first, last: values at the start and now, by label.
+        schedule: the last scheduled value and what was used in its place, by label.
+        costs: what the run has cost, in words.
+    """
+    parts = []
+    for label, value in last.items():
+        begun, (scheduled, used) = first.get(label, value), schedule.get(label, (0.0, 0.0))
+        parts.append(f"{label} {begun:.3g} -> {value:.3g}")
+        if scheduled not in (0.0, begun):  # a schedule that ends at 0 would hide what was learned
+            parts[-1] += f" ({used / scheduled:.3g} times the schedule)"
+    skipped = sum(u.skipped is not None for u in history)
+    tail = f"; {skipped} updates skipped, see history" if skipped else ""
+    return f"HyperGradient: {', '.join(parts)}; {costs}{tail}"
+
+
 def sureness(updates: Sequence[Update], label: str) -> tuple[float, float] | None:
     """(signal to noise of the last reading, share of readings whose sign is that of the one before)."""
     signs = [math.copysign(1.0, u.hypergradients[label]) for u in updates if u.hypergradients.get(label)]

@@ -33,7 +33,7 @@ from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, describ
 from hypergrad.callbacks._monitors import Monitors
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import make_plan
-from hypergrad.callbacks._report import Facts, report
+from hypergrad.callbacks._report import Facts, report, summary
 from hypergrad.callbacks._resuming import kind_of, load_trackers, load_tuner
 from hypergrad.callbacks._settings import Settings, batches_of, check_disjoint, hyper_validation_data, names_of
 from hypergrad.callbacks._training import TrainingLoss
@@ -269,11 +269,8 @@ class Run:
 
     def summary(self) -> str:
         """One line: learned values, gradients spent, time against the training steps' own time."""
-        learned = ", ".join(self._learned(label, value) for label, value in self.values.items())
-        skipped = sum(u.skipped is not None for u in self.history)
-        return f"HyperGradient: {learned}; {self.ledger.words(self._replays)}" + (
-            f"; {skipped} updates skipped, see history" if skipped else ""
-        )
+        costs = self.ledger.words(self._replays)
+        return summary(self.first_values, self.values, self._schedule, costs, self.history)
 
     # ------------------------------------------------------------------------------------------------------ inside
 
@@ -300,14 +297,6 @@ class Run:
         score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
         module, attachment = self._trainer.lightning_module, self._attachments[0]
         self._pieces = Pieces(plan, self._trainer, module, attachment, score, self._tuner, self._modules)
-
-    def _learned(self, label: str, value: float) -> str:
-        first, schedule = self.first_values.get(label, value), self._schedule.get(label)
-        line = f"{label} {first:.3g} -> {value:.3g}"
-        if schedule is None or schedule[0] in (0.0, first):
-            return line
-        # A schedule that ends at 0 would hide what was learned.
-        return f"{line} ({schedule[1] / schedule[0]:.3g} times the schedule)"
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         check_disjoint(optimizers)
