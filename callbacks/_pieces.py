@@ -15,6 +15,7 @@ from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
 from hypergrad.callbacks._race import Heat
 from hypergrad.callbacks._readout import Keeper
+from hypergrad.callbacks._timescale import place_decay
 from hypergrad.callbacks._training import StepLoss, TrainingLoss
 from hypergrad.callbacks._validation import Score
 
@@ -51,6 +52,7 @@ class Pieces:
         self._evaluations = 0
         self._told = 0, 0  # rungs and checkpoints that `news` has given
         self._steps = steps = plan.steps or 1
+        self._timescale = plan.timescale
         if plan.shape is not None:
             shape = plan.shape
             attachment.shape = lambda step: shape.factor(step / steps)
@@ -65,6 +67,8 @@ class Pieces:
                 attachment.without_replay = self._cancel
             attachment.stepped = self._let_others_step
             attachment.measures = False
+        else:
+            self._place_decay()
 
     @property
     def is_racing(self) -> bool:
@@ -95,8 +99,8 @@ class Pieces:
             heat = self._heat
             self.race_result = {"lr": heat.winner, "scores": heat.scores}
             scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
-            rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
             self._end_race()
+            rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores}){self._place_decay()}")
         elif stepped:
             raw = self._at_checkpoint()
             if raw is not None and self._guard is not None and not self.saw(raw):
@@ -184,6 +188,12 @@ class Pieces:
         self._evaluations, self._score.evaluations = state["evaluations"]
         if self._training_loss is not None:
             self._training_loss.evaluations = self._evaluations
+
+    def _place_decay(self) -> str:
+        if self._timescale is None:
+            return ""
+        placed = place_decay(self._timescale, self._steps, self._attachment, self._tuner)
+        return f"; weight decay begins at {', '.join(f'{value:.3g}' for value in placed)}" if placed else ""
 
     def _let_others_step(self, loss: StepLoss | None) -> None:
         if self._heat is None:

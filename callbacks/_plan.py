@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind, Shape
+from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind, Shape, Timescale
+from hypergrad.callbacks import _timescale
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
 _ON_READOUT = 0.24
@@ -31,6 +33,7 @@ class Wishes:
     shape: Shape | Auto | None
     readout: Readout | Auto | None
     rewind: Rewind | Auto | None
+    timescale: Timescale | Auto | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Plan:
     shape: Shape | None
     readout: Readout | None
     rewind: Rewind | None
+    timescale: Timescale | None
     every_n_steps: float
     batches: int
     why_no_race: str = ""
@@ -65,7 +69,7 @@ def make_plan(
     wishes: Wishes,
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    learns_lr: bool,
+    names: Sequence[str],
     every_n_steps: int | None,
     *,
     update_cost: float,
@@ -75,14 +79,15 @@ def make_plan(
     """The plan of this fit: what was asked for, and where that was left open, what the run is long enough for.
 
     Args:
-        learns_lr: whether lr is among the hyperparameters.
+        names: of the hyperparameters in the param groups.
         every_n_steps: what the user said.
         update_cost: gradients that an update takes.
         available: batches of hyper-validation data, where that is known.
         continues: whether a run with a plan goes on from a checkpoint.
 
     Raises:
-        ConfigurationError: for a readout beside a callback that averages weights.
+        ConfigurationError: for a readout beside a callback that averages weights, and for a timescale that cannot be
+            had.
     """
     total = trainer.estimated_stepping_batches
     steps = int(total) if math.isfinite(total) and total > 0 else None
@@ -92,7 +97,7 @@ def make_plan(
         raise ConfigurationError(
             f"{averaging} and `readout` would both decide which weights the module ends with: use one of them."
         )
-    obstacle = _obstacle(trainer, module, learns_lr, steps)
+    obstacle = _obstacle(trainer, module, "lr" in names, steps)
     if averaging:
         obstacle = obstacle or f"{averaging} would average the weights of several arms"
     if trainer.global_step and not continues:
@@ -103,8 +108,9 @@ def make_plan(
     shape = (Cosine() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
     readout = (Readout() if usual else None) if wishes.readout == "auto" else wishes.readout
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
-    if steps is None or not (race or shape or readout or rewind):
-        return Plan(None, None, None, None, None, every_n_steps or 5, 1, why)
+    timescale = _timescale_of(wishes, trainer, usual, "weight_decay" in names, steps)
+    if steps is None or not (race or shape or readout or rewind or timescale):
+        return Plan(None, None, None, None, None, None, every_n_steps or 5, 1, why)
     batches, every = 4, float(every_n_steps or _RARELY)
     if readout is not None:
         readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD, available)
@@ -118,7 +124,7 @@ def make_plan(
             spent += Readout().checkpoints * batches * _FORWARD
         left = extra * steps - spent
         every = max((steps - _length(race, steps)) / left * update_cost, 1.0) if left >= 1.0 else _RARELY
-    return Plan(steps, race, shape, readout, rewind, every, batches, why)
+    return Plan(steps, race, shape, readout, rewind, timescale, every, batches, why)
 
 
 def _affordable(readout: Readout, forwards: float, available: int | None) -> tuple[Readout, int]:
@@ -150,6 +156,20 @@ def _race(wishes: Wishes, why: str, steps: int | None, extra: float) -> tuple[Ra
     if share <= 0.0 or not race.ends(steps):
         return None, f"the run has {steps} steps, of which a budget of {wishes.budget:g} leaves too few for a race"
     return race, ""
+
+
+def _timescale_of(
+    wishes: Wishes, trainer: pl.Trainer, usual: bool, learns_decay: bool, steps: int | None
+) -> Timescale | None:
+    asked = wishes.timescale
+    if asked is None or (asked == "auto" and not usual):
+        return None
+    obstacle = _timescale.obstacle(trainer.optimizers, learns_decay, steps)
+    if asked == "auto":
+        return None if obstacle else Timescale()
+    if obstacle:
+        raise ConfigurationError(f"{asked!r} cannot be translated into a weight decay: {obstacle}.")
+    return asked
 
 
 def _length(race: Race | None, steps: int) -> int:

@@ -57,13 +57,12 @@ class Run:
         self.first_values: dict[str, float] = {}
         self._trainer = trainer
         self._settings = settings
-        learns_lr = "lr" in names_of(settings.of_optimizers)
         loader, index, several = hyper_validation_data(trainer, settings)
         self._modules = settings.in_loss(module)
         # The validation gradient; where the loss has hyperparameters, also a training gradient and a product.
         update_cost = 1.0 + (1.0 + self.ledger.per_product if self._modules else 0.0)
         self.plan = make_plan(
-            *(settings.wishes, trainer, module, learns_lr, settings.every_n_steps),
+            *(settings.wishes, trainer, module, names_of(settings.of_optimizers), settings.every_n_steps),
             update_cost=update_cost,
             available=fewest(trainer, batches_of(loader)),
             continues=continues,
@@ -285,7 +284,9 @@ class Run:
             return copy.deepcopy(self._settings.controller)
         if self.plan.race is None:
             return Cautious(Descent())
-        return Frozen(Descent(2.0, travel=100.0), ("lr",))
+        # Where weight decay starts near its place, it has less far to go, and noise carries it less far away.
+        pace = {} if self.plan.timescale is None else {"weight_decay": 0.2}
+        return Frozen(Descent(2.0, travel=100.0, pace=pace), ("lr",))
 
     def _add_pieces(self, loader: Iterable[Any]) -> None:
         plan = self.plan

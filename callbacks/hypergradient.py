@@ -26,6 +26,7 @@ from hypergrad import (
     Rewind,
     Schedule,
     Shape,
+    Timescale,
     Unrolled,
 )
 from hypergrad.callbacks._history import Update
@@ -45,13 +46,14 @@ class HyperGradient(pl.Callback):
     gradient says which way each hyperparameter of the last step should have gone.
 
     By default, where the run is long enough (about 400 steps) and has one optimizer, the learning rate is found by a
-    short race from the initial weights and follows a cosine, unless the user has a scheduler; weight decay and whatever
-    else is learned follow hypergradients; a run that blows up is rewound; and the module ends with the best weights
-    that were seen, raw or averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
+    short race from the initial weights and follows a cosine, unless the user has a scheduler; weight decay starts where
+    weights forget within a tenth of the run (SGD and decoupled weight decay); it and whatever else is learned follow
+    hypergradients; a run that blows up is rewound; and the module ends with the best weights that were seen, raw or
+    averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
 
     What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
-    values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves; one that is 0 in
-    some groups only is left at 0 there.
+    values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves, where it is not placed;
+    one that is 0 in some groups only is left at 0 there.
 
     Held constant by a hypergradient: what user code does to the weights after the step (clamping, projections), and,
     with several optimizers, the steps of the others.
@@ -84,6 +86,8 @@ class HyperGradient(pl.Callback):
         readout: which weights the module ends with; "auto", None or a `Readout`. Checkpoints hold the weights as they
             stand, and what the readout keeps in the callback's state.
         rewind: what happens when the run blows up; "auto", None or a `Rewind`.
+        timescale: where weight decay starts, whatever the optimizer says: after the race, or else at once; "auto", None
+            or a `Timescale`. With SGD, and with torch's optimizers whose weight decay is decoupled.
         seed: fixes the order of hyper-validation batches and the randomness of their evaluation.
 
     Raises:
@@ -107,6 +111,7 @@ class HyperGradient(pl.Callback):
         shape: Shape | Auto | None = "auto",
         readout: Readout | Auto | None = "auto",
         rewind: Rewind | Auto | None = "auto",
+        timescale: Timescale | Auto | None = "auto",
         seed: int = 0,
     ) -> None:
         whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
@@ -146,7 +151,7 @@ class HyperGradient(pl.Callback):
             every_n_steps=every_n_steps,
             controller=controller,
             seed=seed,
-            wishes=_wishes(budget, race, shape, readout, rewind, controller),
+            wishes=_wishes(budget, race, shape, readout, rewind, timescale, controller),
         )
         self._run: Run | None = None
         self._restored: dict[str, Any] | None = None
@@ -311,6 +316,7 @@ def _wishes(
     shape: Shape | Auto | None,
     readout: Readout | Auto | None,
     rewind: Rewind | Auto | None,
+    timescale: Timescale | Auto | None,
     controller: Controller | None,
 ) -> Wishes:
     if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget >= 1.0):
@@ -320,12 +326,13 @@ def _wishes(
         ("shape", shape, Shape),
         ("readout", readout, Readout),
         ("rewind", rewind, Rewind),
+        ("timescale", timescale, Timescale),
     )
     for name, value, kind in pieces:
         if not (value is None or value == "auto" or isinstance(value, kind)):
             raise ConfigurationError(f"`{name}` must be a {kind.__name__}, None or 'auto', but got {value!r}.")
     if controller is None:
-        return Wishes(budget, race, shape, readout, rewind)
+        return Wishes(budget, race, shape, readout, rewind, timescale)
     # Who brings a controller composes: what is not named is not there.
     return Wishes(
         budget,
@@ -333,6 +340,7 @@ def _wishes(
         None if shape == "auto" else shape,
         None if readout == "auto" else readout,
         None if rewind == "auto" else rewind,
+        None if timescale == "auto" else timescale,
     )
 
 

@@ -16,6 +16,7 @@ from hypergrad.controllers.race import Race, best_arms
 from hypergrad.controllers.readout import Best, Readout
 from hypergrad.controllers.rewind import Rewind
 from hypergrad.controllers.shape import Cosine, Linear, Shape
+from hypergrad.controllers.timescale import Timescale
 from hypergrad.curvature import Curvature, Exact, FiniteDifference, SharedLoss
 from hypergrad.data import split
 from hypergrad.errors import (
@@ -34,6 +35,7 @@ from hypergrad.functional import HypergradientResult, check_names, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
+from hypergrad.optimizer.rules import decay_rate
 from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
@@ -93,6 +95,7 @@ __all__ = [
     "Solution",
     "Solver",
     "TensorMeasurement",
+    "Timescale",
     "Tracker",
     "TrainingState",
     "Transform",
@@ -102,6 +105,7 @@ __all__ = [
     "best_arms",
     "check",
     "check_names",
+    "decay_rate",
     "generators_of",
     "gradient",
     "hypergradient",

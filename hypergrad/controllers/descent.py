@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Descent(Controller):
         travel: the farthest that a coordinate can go in a whole run whose length is known: `rate` is then at most
             `travel` over the number of updates, so that how far values get does not depend on how often they are
             measured. Positive; None sets no such limit.
+        pace: factors on the rate, in (0, 1], by the name of the hyperparameter: of what starts near its place.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -47,7 +48,13 @@ class Descent(Controller):
     """
 
     def __init__(
-        self, rate: float = 0.5, *, memory: float = 0.8, scale_memory: float = 0.99, travel: float | None = None
+        self,
+        rate: float = 0.5,
+        *,
+        memory: float = 0.8,
+        scale_memory: float = 0.99,
+        travel: float | None = None,
+        pace: Mapping[str, float] | None = None,
     ) -> None:
         if not (math.isfinite(rate) and 0.0 < rate <= 2.0):
             raise ConfigurationError(f"`rate` must lie in (0, 2], but got {rate=}.")
@@ -56,8 +63,11 @@ class Descent(Controller):
                 raise ConfigurationError(f"`{name}` must lie in [0, 1), but got {name}={value!r}.")
         if travel is not None and not (math.isfinite(travel) and travel > 0.0):
             raise ConfigurationError(f"`travel` must be positive, but got {travel=}.")
+        if not all(0.0 < factor <= 1.0 for factor in (pace or {}).values()):
+            raise ConfigurationError(f"`pace` must have factors in (0, 1], but got {pace=}.")
         self.rate = rate
         self.travel = travel
+        self.pace = dict(pace or {})
         self.memory = memory
         self.scale_memory = scale_memory
         self._rate = rate
@@ -84,10 +94,11 @@ class Descent(Controller):
         moments, strength = self._moments.setdefault(reading.key, _Moments()), reading.strength
         moments.add(strength, self.memory, self.scale_memory)
         agreement = moments.agreement(self.memory, self.scale_memory)
+        rate = self._rate * self.pace.get(reading.name, 1.0)
         if isinstance(agreement, torch.Tensor):
-            moves = -self._rate * agreement * agreement.abs()
+            moves = -rate * agreement * agreement.abs()
             return torch.where(agreement * strength > 0.0, moves, torch.zeros_like(moves))
-        return -self._rate * agreement * abs(agreement) if agreement * strength > 0.0 else 0.0
+        return -rate * agreement * abs(agreement) if agreement * strength > 0.0 else 0.0
 
 
 @dataclass

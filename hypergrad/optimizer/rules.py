@@ -66,3 +66,19 @@ def decay_is_decoupled(optimizer: torch.optim.Optimizer, group: ParamGroup) -> b
     In Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2, line 12.
     """
     return type(optimizer) in _DECOUPLED_WHEN_ASKED and bool(group.get("decoupled_weight_decay", False))
+
+
+def decay_rate(optimizer: torch.optim.Optimizer, group: ParamGroup) -> float | None:
+    """What one step's decay takes from the weights in the end, in units of lr * weight_decay * weights.
+
+    1 where decay is decoupled; with SGD it also goes through momentum, which repeats it. None where decay is changed on
+    its way, as by the denominator of `Adam`, or where the rule is not known.
+    """
+    if decay_is_decoupled(optimizer, group):
+        return 1.0
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    momentum, dampening = float(group["momentum"]), float(group["dampening"])
+    if momentum == 0.0:
+        return 1.0
+    return (1.0 - dampening) / (1.0 - momentum) if momentum < 1.0 and dampening < 1.0 else None
