@@ -150,6 +150,15 @@ def test_descent_paces_itself_by_the_length_of_the_run(updates: int | None, larg
         Descent(travel=0.0)
 
 
+def test_a_pace_slows_some_hyperparameters_only() -> None:
+    descent = Descent(rate=0.5, pace={"weight_decay": 0.2})
+    moves = descent.moves([reading("weight_decay", -1.0), reading("l2", -1.0)])
+    assert moves == pytest.approx([0.1, 0.5])
+    for factor in (0.0, 1.5, math.nan):
+        with pytest.raises(ConfigurationError, match="`pace`"):
+            Descent(pace={"lr": factor})
+
+
 def test_frozen_holds_some_and_hands_on_the_others() -> None:
     class Push(Controller):
         seen: Sequence[Reading] = ()
