@@ -41,21 +41,21 @@ class Plan:
     """Decided at the start of a fit.
 
     Args:
-        steps: of the run; None where they are not known, and where nothing is planned.
         every_n_steps: steps between two hypergradients, on average.
-        batches: of validation data that a score is the mean of.
         why_no_race: for the user.
+        batches: of validation data that a score is the mean of.
+        steps: of the run; None where they are not known, and where nothing is planned.
     """
 
-    steps: int | None
-    race: Race | None
-    shape: Shape | None
-    readout: Readout | None
-    rewind: Rewind | None
-    timescale: Timescale | None
     every_n_steps: float
-    batches: int
     why_no_race: str = ""
+    batches: int = 1
+    steps: int | None = None
+    race: Race | None = None
+    shape: Shape | None = None
+    readout: Readout | None = None
+    rewind: Rewind | None = None
+    timescale: Timescale | None = None
 
     @property
     def updates(self) -> int | None:
@@ -110,7 +110,7 @@ def make_plan(
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
     timescale = _timescale_of(wishes, trainer, usual, "weight_decay" in names, steps)
     if steps is None or not (race or shape or readout or rewind or timescale):
-        return Plan(None, None, None, None, None, None, every_n_steps or 5, 1, why)
+        return Plan(every_n_steps or 5, why)
     batches, every = 4, float(every_n_steps or _RARELY)
     if readout is not None:
         readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD, available)
@@ -124,7 +124,7 @@ def make_plan(
             spent += Readout().checkpoints * batches * _FORWARD
         left = extra * steps - spent
         every = max((steps - _length(race, steps)) / left * update_cost, 1.0) if left >= 1.0 else _RARELY
-    return Plan(steps, race, shape, readout, rewind, timescale, every, batches, why)
+    return Plan(every, why, batches, steps, race, shape, readout, rewind, timescale)
 
 
 def _affordable(readout: Readout, forwards: float, available: int | None) -> tuple[Readout, int]:

@@ -7,13 +7,15 @@ two pools of threads on the same cores would wait for each other. The first task
 `examples/digits.py` with its logger and its validation loop; the others train and do nothing else, the last of them in
 bfloat16, with accumulation, clipping and a schedule. Measured are
 hypergradients alone, every so many steps, and all that `HyperGradient()` does by default: race, readout and what its
-budget leaves for hypergradients; fits of less than 400 steps are too short for that.
+budget leaves for hypergradients; fits of less than 400 steps are too short for that. `--floor` adds how little it could
+be: a callback whose hooks do nothing, and one that takes a bare validation gradient, without isolation, every 5 steps.
 Run: `make benchmark`, or `make gpu` on a machine with a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import platform
 import statistics
@@ -41,8 +43,9 @@ from hypergrad.callbacks import HyperGradient
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import digits
 
-WHOLE = 0
+WHOLE, NOTHING, BARE = 0, -1, -5
 EVERY = (1, 5, 20, WHOLE)
+NAMES = {WHOLE: "the default", NOTHING: "empty hooks", BARE: "bare gradient"}
 TURN = 30  # batches
 
 
@@ -184,10 +187,36 @@ def tasks(cuda: bool) -> list[Task]:
     ]
 
 
+class Nothing(L.Callback):
+    """The hooks that `HyperGradient` has, empty: what Lightning takes to call them."""
+
+    def on_train_batch_start(self, *_: Any) -> None: ...
+    def on_before_zero_grad(self, *_: Any) -> None: ...
+    def on_after_backward(self, *_: Any) -> None: ...
+    def on_train_batch_end(self, *_: Any) -> None: ...
+
+
+class BareGradient(Nothing):
+    """A validation gradient every so many steps, of the loss itself, and nothing is done with it."""
+
+    def __init__(self, own: Any, every: int) -> None:
+        self.batches, self.every = itertools.cycle(list(own)), every
+
+    def on_train_batch_end(self, _: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.every == 0:
+            batch = [t.to(module.device) for t in next(self.batches)]
+            loss = cross_entropy(module.net(batch[0]).flatten(0, -2), batch[1].flatten())
+            torch.autograd.grad(loss, list(module.parameters()))
+
+
 def callbacks(own: Any, every_n_steps: int | None) -> list[L.Callback]:
-    """None for a plain fit; hypergradients alone, every so many steps; or, at 0, all that the default does."""
+    """None for a plain fit; hypergradients alone, every so many steps; or one of `NAMES`."""
     if every_n_steps is None:
         return []
+    if every_n_steps == NOTHING:
+        return [Nothing()]
+    if every_n_steps == BARE:
+        return [BareGradient(own, -BARE)]
     if every_n_steps == WHOLE:
         return [HyperGradient(val_dataloaders=own)]
     return [HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps, controller=Cautious(Descent()))]
@@ -267,6 +296,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="repeats after one warm-up (default 5)")
     parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure; 0: the default")
+    parser.add_argument("--floor", action="store_true", help="measure also how little it could be")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
     parser.add_argument("--steps", type=int, help="steps of each fit but the demo's (default: by task)")
     arguments = parser.parse_args()
@@ -276,12 +306,11 @@ def main() -> None:
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; median of {arguments.rounds} rounds (min-max)")
-    print(
-        f"{'':22}{'plain step':>12}" + "".join(f"{f'every {n}' if n else 'the default':>20}" for n in arguments.every)
-    )
+    every = [*arguments.every, *([NOTHING, BARE] if arguments.floor else [])]
+    print(f"{'':22}{'plain step':>12}" + "".join(f"{NAMES.get(n, f'every {n}'):>20}" for n in every))
 
     def measure(name: str, steps: int, run: Callable[[int | None, Any], None], data: Any) -> None:
-        table = [race(run, data, arguments.every, cuda) for _ in range(arguments.rounds + 1)]
+        table = [race(run, data, every, cuda) for _ in range(arguments.rounds + 1)]
         report(name, steps, table[1:])
 
     if not cuda and "demo".startswith(arguments.task):
