@@ -209,7 +209,7 @@ class BareGradient(Nothing):
             torch.autograd.grad(loss, list(module.parameters()))
 
 
-def callbacks(own: Any, every_n_steps: int | None) -> list[L.Callback]:
+def callbacks(own: Any, every_n_steps: int | None, budget: float) -> list[L.Callback]:
     """None for a plain fit; hypergradients alone, every so many steps; or one of `NAMES`."""
     if every_n_steps is None:
         return []
@@ -218,11 +218,11 @@ def callbacks(own: Any, every_n_steps: int | None) -> list[L.Callback]:
     if every_n_steps == BARE:
         return [BareGradient(own, -BARE)]
     if every_n_steps == WHOLE:
-        return [HyperGradient(val_dataloaders=own)]
+        return [HyperGradient(val_dataloaders=own, budget=budget)]
     return [HyperGradient(val_dataloaders=own, every_n_steps=every_n_steps, controller=Cautious(Descent()))]
 
 
-def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
+def fit(task: Task, every_n_steps: int | None, train: Any, device: str, budget: float) -> None:
     """One fit; see `callbacks`."""
     own = DataLoader(task.data, task.batch_size)
     trainer = L.Trainer(
@@ -230,7 +230,7 @@ def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
         max_epochs=-1,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        callbacks=callbacks(own, every_n_steps),
+        callbacks=callbacks(own, every_n_steps, budget),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -241,13 +241,13 @@ def fit(task: Task, every_n_steps: int | None, train: Any, device: str) -> None:
     trainer.fit(task.module(task.net()), DataLoader(train, task.batch_size, shuffle=True, drop_last=True))
 
 
-def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any) -> None:
+def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any, budget: float) -> None:
     """The run of `examples/digits.py` from its hopeless learning rate."""
     own = DataLoader(data[1], digits.BATCH)
     trainer = L.Trainer(
         max_epochs=digits.EPOCHS,
         accelerator="cpu",
-        callbacks=callbacks(own, every_n_steps),
+        callbacks=callbacks(own, every_n_steps, budget),
         logger=TensorBoardLogger(folder, default_hp_metric=False),
         log_every_n_steps=10,
         **digits.QUIET,
@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="repeats after one warm-up (default 5)")
     parser.add_argument("--every", type=int, nargs="+", default=EVERY, help="every_n_steps to measure; 0: the default")
+    parser.add_argument("--budget", type=float, default=1.25, help="of the default, in gradients (default 1.25)")
     parser.add_argument("--floor", action="store_true", help="measure also how little it could be")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
     parser.add_argument("--steps", type=int, help="steps of each fit but the demo's (default: by task)")
@@ -317,11 +318,16 @@ def main() -> None:
         data = digits.load()
         steps = digits.EPOCHS * -(-len(data[0]) // digits.BATCH)
         with tempfile.TemporaryDirectory() as folder:
-            measure("demo", steps, lambda n, train: fit_demo(data, folder, n, train), data[0])
+            measure("demo", steps, lambda n, train: fit_demo(data, folder, n, train, arguments.budget), data[0])
     for task in (t for t in tasks(cuda) if t.name.startswith(arguments.task)):
         if arguments.steps:
             task = replace(task, steps=arguments.steps)
-        measure(task.name, task.steps, lambda n, train, t=task: fit(t, n, train, arguments.device), task.data)
+        measure(
+            task.name,
+            task.steps,
+            lambda n, train, t=task: fit(t, n, train, arguments.device, arguments.budget),
+            task.data,
+        )
 
 
 if __name__ == "__main__":
