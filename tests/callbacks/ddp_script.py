@@ -27,6 +27,7 @@ from hypergrad import (
     Race,
     Readout,
     Rewind,
+    Timescale,
     Unrolled,
 )
 from hypergrad.callbacks import HyperGradient
@@ -106,6 +107,7 @@ def whole(devices: int) -> HyperGradient:
         shape=Cosine(),
         readout=Readout(checkpoints=4, batches=1),
         rewind=Rewind(),
+        timescale=Timescale(),
         every_n_steps=3,
     )
 
