@@ -22,7 +22,7 @@ def kind_of(controller: Controller) -> str:
 def load_tuner(tuner: Tuner, settings: Settings, state: dict[str, Any]) -> None:
     """What was learned; a controller of another kind begins anew. Says which settings have changed."""
     saved, now = state["settings"], settings.described(tuner.controller)
-    changed = [f"{name}={saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]]
+    changed = [f"{n}={saved[n]}, now {now[n]}" for n in now if n in saved and saved[n] != now[n]]
     if changed:
         rank_zero_warn(f"The checkpoint was written with other settings of HyperGradient: {'; '.join(changed)}.")
     learned = state["tuner"]
