@@ -114,6 +114,18 @@ def test_a_callback_added_on_resume_starts_afresh(tmp_path: Path) -> None:
     assert [u.step for u in callback.history] == list(range(13, 25))
 
 
+def test_a_setting_that_the_checkpoint_does_not_know_is_no_obstacle(tmp_path: Path) -> None:
+    first = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _fit(tmp_path, first, every=12)
+    saved = torch.load(tmp_path / "step=12.ckpt", weights_only=True)
+    (state,) = (state for key, state in saved["callbacks"].items() if "HyperGradient" in key)
+    del state["run"]["settings"]["timescale"]
+    torch.save(saved, tmp_path / "older.ckpt")
+    again = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
+    _fit(tmp_path / "again", again, every=100, resume=str(tmp_path / "older.ckpt"))
+    assert again.history == first.history
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:Forward looks back at steps")
 @pytest.mark.parametrize(
     ("settings", "said"),
