@@ -97,10 +97,10 @@ class Pieces:
             if not self._heat.is_over:
                 return
             heat = self._heat
-            self.race_result = {"lr": heat.winner, "scores": heat.scores}
+            self.race_result = {"lr": heat.winner, "scores": heat.scores, "weight_decay": self._place_decay()}
             scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
             self._end_race()
-            rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores}){self._place_decay()}")
+            rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
         elif stepped:
             raw = self._at_checkpoint()
             if raw is not None and self._guard is not None and not self.saw(raw):
@@ -189,11 +189,15 @@ class Pieces:
         if self._training_loss is not None:
             self._training_loss.evaluations = self._evaluations
 
-    def _place_decay(self) -> str:
+    def _place_decay(self) -> list[float]:
+        """Let weight decay start where the timescale says; the values, which the user is told."""
         if self._timescale is None:
-            return ""
+            return []
         placed = place_decay(self._timescale, self._steps, self._attachment, self._tuner)
-        return f"; weight decay begins at {', '.join(f'{value:.3g}' for value in placed)}" if placed else ""
+        if placed:
+            values = ", ".join(f"{value:.3g}" for value in placed)
+            rank_zero_info(f"HyperGradient: weight decay starts at {values}, by {self._timescale}")
+        return placed
 
     def _let_others_step(self, loss: StepLoss | None) -> None:
         if self._heat is None:

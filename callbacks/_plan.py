@@ -12,7 +12,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind, Shape, Timescale
-from hypergrad.callbacks import _timescale
+from hypergrad.callbacks._timescale import why_no_timescale
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
 _ON_READOUT = 0.24
@@ -20,6 +20,7 @@ _FORWARD = 1 / 3  # the cost of a loss without its gradient, in gradients
 _USUAL = 0.25  # the extra gradients for which the race's rungs are written
 _CHECKS = 2  # gradients with which a fit begins
 _RARELY = 10**9
+_NO_LENGTH = "the length of the run is not known: give the Trainer max_steps or max_epochs"
 
 Auto = Literal["auto"]
 
@@ -164,7 +165,7 @@ def _timescale_of(
     asked = wishes.timescale
     if asked is None or (asked == "auto" and not usual):
         return None
-    obstacle = _timescale.obstacle(trainer.optimizers, learns_decay, steps)
+    obstacle = why_no_timescale(trainer.optimizers, learns_decay) if steps is not None else _NO_LENGTH
     if asked == "auto":
         return None if obstacle else Timescale()
     if obstacle:
@@ -188,7 +189,7 @@ def _obstacle(trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, 
     if not learns_lr:
         return "lr is not among the hyperparameters"
     if steps is None:
-        return "the length of the run is not known: give the Trainer max_steps or max_epochs"
+        return _NO_LENGTH
     if not module.automatic_optimization:
         return "manual optimization"
     if len(trainer.optimizers) != 1:

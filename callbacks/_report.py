@@ -21,7 +21,7 @@ class Facts:
 
     Args:
         first, last: values at the start and now, by label.
-        race: the winner's learning rate and the scores of each rung.
+        race: see `HyperGradient.race`.
         readings: step, objective of the weights as they stood, and of their average, of each checkpoint.
         predicted: by checkpoint, the change of the validation loss since the last one, as hypergradients foretold it.
         monitored: step and monitored value of each validation of the Trainer that is not the hyper-validation data.
@@ -98,6 +98,10 @@ def _race(facts: Facts) -> Iterable[str]:
     yield f"lr {facts.race['lr']:.3g} won the race; validation losses of its rungs:"
     for rung in facts.race["scores"]:
         yield "    " + ", ".join(f"{lr:.3g}: {score:.4g}" for lr, score in sorted(rung.items()))
+    placed = facts.race.get("weight_decay", [])  # a checkpoint from before there was a timescale has none
+    if placed:
+        span = f"{min(placed):.3g}" if min(placed) == max(placed) else f"{min(placed):.3g} to {max(placed):.3g}"
+        yield f"weight decay then started at {span}, by the timescale"
 
 
 def _learned(facts: Facts) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,17 @@ from hypergrad import Timescale, Tuner, decay_rate
 from hypergrad.callbacks._attachment import Attachment
 
 
-def obstacle(optimizers: Iterable[torch.optim.Optimizer], learns_decay: bool, steps: int | None) -> str:
+def why_no_timescale(optimizers: Sequence[torch.optim.Optimizer], learns_decay: bool) -> str:
     """Why a timescale cannot be translated into weight decay here; empty where it can."""
-    if steps is None:
-        return "the length of the run is not known: give the Trainer max_steps or max_epochs"
     if not learns_decay:
         return "weight_decay is not among the hyperparameters"
-    for optimizer in optimizers:
-        if any(decay_rate(optimizer, group) is None for group in optimizer.param_groups):
-            return (
-                f"what the weight decay of {type(optimizer).__name__} does to the weights is not proportional to it: "
-                "that is known of SGD and of torch's optimizers with decoupled weight decay, such as AdamW"
-            )
+    if len(optimizers) != 1:
+        return f"{len(optimizers)} optimizers"
+    if any(decay_rate(optimizers[0], group) is None for group in optimizers[0].param_groups):
+        return (
+            f"what the weight decay of {type(optimizers[0]).__name__} does to the weights is not proportional to it: "
+            "that is known of SGD and of torch's optimizers with decoupled weight decay, such as AdamW"
+        )
     return ""
 
 

@@ -184,8 +184,10 @@ class HyperGradient(pl.Callback):
 
     @property
     def race(self) -> dict[str, Any] | None:
-        """`"lr"` that won, and `"scores"`: the validation loss of each arm by learning rate, rung by rung.
+        """What came of it, by name.
 
+        `"lr"` that won; `"scores"`: the validation loss of each arm by learning rate, rung by rung; `"weight_decay"`:
+        where that starts by the timescale, of each param group that has one (or tensor, or all, as it is scoped).
         None while it goes on, and where there was none.
         """
         return self._run.race if self._run is not None else None

@@ -23,7 +23,9 @@ def tuner(**kwargs: Any) -> HyperGradient:
 
 def fit(module: pl.LightningModule, callback: HyperGradient, **kwargs: Any) -> HyperGradient:
     torch.manual_seed(0)
-    trainer(None, callbacks=[callback], **{"max_epochs": STEPS // 6, **kwargs}).fit(module, data(seed=1), data(seed=3))
+    callbacks = [callback, *kwargs.pop("callbacks", [])]
+    fitted = trainer(None, callbacks=callbacks, **{"max_epochs": STEPS // 6, **kwargs})
+    fitted.fit(module, data(seed=1), data(seed=3))
     return callback
 
 
@@ -36,8 +38,29 @@ def test_after_the_race_it_belongs_to_the_winner(optimizer: str, settings: dict[
     callback = fit(Net(optimizer, lr=1e-6, **settings), tuner(race=RACE, timescale=Timescale(0.2)))
     expected = 1.0 / (callback.race["lr"] * rate * 0.2 * STEPS)
     assert callback.history[0].values["weight_decay"] == pytest.approx(min(expected, 10.0))
-    # The race itself has the user's.
-    assert callback.history[0].step > 0.2 * STEPS
+    assert callback.race["weight_decay"] == pytest.approx([min(expected, 10.0)])
+    assert "weight decay then started at" in callback.report()
+
+
+class Weights(pl.Callback):
+    """After every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, _: pl.Trainer, pl_module: pl.LightningModule, *__: Any) -> None:
+        self.seen.append(torch.cat([p.detach().reshape(-1) for p in pl_module.parameters()]))
+
+
+def test_the_race_itself_has_the_users() -> None:
+    seen = []
+    for timescale in (Timescale(), None):
+        torch.manual_seed(1)
+        weights = Weights()
+        fit(Net("SGD", lr=1e-6), tuner(race=RACE, timescale=timescale), callbacks=[weights])
+        seen.append(weights.seen)
+    same = [torch.equal(a, b) for a, b in zip(*seen, strict=True)]
+    assert same == [step <= 0.2 * STEPS for step in range(1, STEPS + 1)]
 
 
 def test_it_moves_from_there(caplog: pytest.LogCaptureFixture) -> None:
@@ -48,7 +71,7 @@ def test_it_moves_from_there(caplog: pytest.LogCaptureFixture) -> None:
     first, last = (callback.history[i].values["weight_decay"] for i in (0, -1))
     assert first == pytest.approx(1.0 / (callback.race["lr"] * 2 * 0.1 * STEPS))
     assert last != first
-    assert f"weight decay begins at {first:.3g}" in caplog.text
+    assert f"weight decay starts at {first:.3g}, by Timescale(share=0.1)" in caplog.text
 
 
 def test_without_a_race_it_starts_at_once_from_the_users_learning_rate() -> None:
@@ -110,14 +133,36 @@ def test_by_default_it_is_left_alone_where_it_means_something_else() -> None:
     coupled = default(Coupled())
     assert coupled.race is not None
     assert coupled.history[0].values["weight_decay"] == pytest.approx(1e-4)
+    assert coupled.race["weight_decay"] == []
+    assert "pace={}" in coupled.state_dict()["run"]["settings"]["controller"]
     only_lr = Net("AdamW", lr=0.01, weight_decay=0.02)
     default(only_lr, hyperparameters=("lr",))
     assert only_lr.trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.02
     usual = default(Net("AdamW", lr=0.01))
     expected = 1.0 / (usual.race["lr"] * 0.1 * 500)
     assert usual.history[0].values["weight_decay"] == pytest.approx(expected)
+    assert "pace={'weight_decay': 0.2}" in usual.state_dict()["run"]["settings"]["controller"]
     off = default(Net("AdamW", lr=0.01), timescale=None)
     assert off.history[0].values["weight_decay"] == pytest.approx(0.01)
+
+
+class Two(Net):
+    """Each steps at every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.net[i].parameters(), lr=0.01) for i in (0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -126,8 +171,9 @@ def test_by_default_it_is_left_alone_where_it_means_something_else() -> None:
         (Coupled, {}, {}, r"Timescale\(share=0.1\) cannot .* the weight decay of Adam"),
         (Net, {"hyperparameters": ("lr",)}, {}, "weight_decay is not among the hyperparameters"),
         (Net, {}, {"max_epochs": -1, "max_time": "00:00:00:05"}, "give the Trainer max_steps or max_epochs"),
+        (Two, {}, {}, "into a weight decay: 2 optimizers"),
     ],
-    ids=["a rule that is not known", "weight decay is not learned", "no known length"],
+    ids=["a rule that is not known", "weight decay is not learned", "no known length", "several optimizers"],
 )
 def test_one_that_cannot_be_had_is_refused_at_the_start(
     module: Any, settings: dict[str, Any], options: dict[str, Any], message: str
