@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 .PHONY: demo test oldest gpu benchmark clean
 
 demo: $(STAMP)  ## train once, come out tuned: digits, plain against tuned against a random search
-	$(BIN)/python examples/digits.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py
 
 # One process per core with one thread each: threads of several would wait for each other.
 test: $(STAMP)  ## linters, types, import rules, doctests, README and the whole suite

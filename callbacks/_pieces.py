@@ -91,20 +91,25 @@ class Pieces:
         if self._training_loss is not None:
             self._training_loss.went_back()
 
-    def batch_ended(self, stepped: bool) -> None:
-        """A training batch has been trained on; `stepped` if the optimizer has made a step."""
+    def batch_ended(self, stepped: bool) -> bool:
+        """A training batch has been trained on; `stepped` if the optimizer has made a step.
+
+        Returns:
+            Whether the readout has judged the weights.
+        """
         if self._heat is not None:
             if not self._heat.is_over:
-                return
+                return False
             heat = self._heat
             self.race_result = {"lr": heat.winner, "scores": heat.scores, "weight_decay": self._place_decay()}
             scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
             self._end_race()
             rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
-        elif stepped:
-            raw = self._at_checkpoint()
-            if raw is not None and self._guard is not None and not self.saw(raw):
-                self._guard.keep(raw)
+            return False
+        raw = self._at_checkpoint() if stepped else None
+        if raw is not None and self._guard is not None and not self.saw(raw):
+            self._guard.keep(raw)
+        return raw is not None and self._keeper is not None
 
     def _at_checkpoint(self) -> float | None:
         """The score of the weights as they stand; None between checkpoints."""
@@ -135,13 +140,16 @@ class Pieces:
         """Step and scalars by tag, of what was found since the last call."""
         found: list[tuple[int, dict[str, float]]] = []
         rungs = self._heat.scores if self._heat is not None else (self.race_result or {}).get("scores", [])
+        checkpoints = self._keeper.scores if self._keeper is not None else []
+        if self._told == (len(rungs), len(checkpoints)):  # after nearly every batch
+            return found
         for rung in rungs[self._told[0] :]:
             scores = {f"hypergradient/race/lr_{lr:.2g}": s for lr, s in rung.items() if math.isfinite(s)}
             found.append((self._attachment.steps, scores))
-        for step, raw, averaged in self.readings[self._told[1] :]:
+        for step, raw, averaged in checkpoints[self._told[1] :]:
             pair = {"hypergradient/readout/raw": raw, "hypergradient/readout/averaged": averaged}
             found.append((step, {tag: s for tag, s in pair.items() if math.isfinite(s)}))
-        self._told = len(rungs), len(self.readings)
+        self._told = len(rungs), len(checkpoints)
         return found
 
     def finish(self) -> None:

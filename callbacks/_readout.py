@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,8 +87,7 @@ class Keeper:
             self._average, self._averaged = dict(zip(self._places, copies, strict=True)), 1
         else:
             weight = self._readout.weight(self._averaged, self._steps)
-            update: Any = get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
-            update(list(self._average.values()), now, None)
+            _averaging(weight)(list(self._average.values()), now, None)
 
     def _judge(self, step: int) -> None:
         raw = self._score()
@@ -102,6 +102,11 @@ class Keeper:
         finally:
             write_tensors(self._module, here)
         self.scores.append((step, raw, averaged))
+
+
+@lru_cache(maxsize=1)  # after a window the weight stays the same
+def _averaging(weight: float) -> Any:
+    return get_ema_multi_avg_fn(1.0 - weight)  # type: ignore[no-untyped-call]
 
 
 def _places(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:

@@ -200,9 +200,8 @@ class Run:
         before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
         if self._pieces is not None:
             with self.ledger.updates.running():
-                checkpoints = len(self._pieces.readings)
-                self._pieces.batch_ended(self.steps > before)
-            if len(self._pieces.readings) > checkpoints:
+                at_checkpoint = self._pieces.batch_ended(self.steps > before)
+            if at_checkpoint:
                 self._predicted.append(self._foretold)
                 self._foretold = 0.0
 

@@ -1,7 +1,6 @@
 """Train once, come out tuned: handwritten digits, from a hopeless learning rate and from a good one.
 
-Compares plain training, the same with one callback, and a random search over learning rate and weight decay, on test
-data that no gradient, no search and no choice ever saw. Figures are means over three splits of the data.
+Plain training, the same with one callback, and a random search, judged on test data that nothing ever saw.
 """
 
 import logging
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hypergrad import split
 from hypergrad.callbacks import HyperGradient
 
-EPOCHS, BATCH, TRIALS, SPLITS, ROOT = 60, 64, 12, 3, "runs/digits"
+EPOCHS, BATCH, TRIALS, SPLITS, ROOT = 60, 64, 12, 2, "runs/digits"
 COLUMNS = "test_loss", "test_accuracy", "gradients", "seconds"
 QUIET = {"devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -85,6 +84,7 @@ def one_split(seed):
 
 
 def main():
+    torch.set_flush_denormal(True)  # Adam's averages for units that have died are subnormal, and slow, numbers
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec).*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     splits = [one_split(seed) for seed in range(SPLITS)]

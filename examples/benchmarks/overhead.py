@@ -243,6 +243,7 @@ def fit(task: Task, every_n_steps: int | None, train: Any, device: str, budget: 
 
 def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any, budget: float) -> None:
     """The run of `examples/digits.py` from its hopeless learning rate."""
+    torch.set_flush_denormal(True)  # as there; for the calling thread only
     own = DataLoader(data[1], digits.BATCH)
     trainer = L.Trainer(
         max_epochs=digits.EPOCHS,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -27,7 +28,10 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setitem(main.__globals__, "EPOCHS", 20)
     monkeypatch.setitem(main.__globals__, "TRIALS", 2)
     monkeypatch.setitem(main.__globals__, "SPLITS", 1)
-    main()
+    try:
+        main()
+    finally:
+        torch.set_flush_denormal(False)
     lines = capsys.readouterr().out.splitlines()
     losses = {line[:40].strip(): float(line[40:51]) for line in lines[1:7]}
     assert losses["tuned-from-lr-1e-05"] < 0.2 < 2.0 < losses["plain-lr-1e-05"]
