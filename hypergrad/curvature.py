@@ -267,7 +267,8 @@ def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, dead: bool
     for x, y, target in zip(pieces(a, count), pieces(b, count), pieces(result, count), strict=True):
         torch.sub(x, y, out=target).div_(length)
         if dead:
-            target.masked_fill_(y == 0.0, 0.0)
+            alive = y.sign()  # its square is 0 where y is, and 1 elsewhere; a mask would take three times as long
+            target.mul_(alive).mul_(alive)
     return result
 
 

@@ -104,10 +104,10 @@ def _sgd(at: _Elements) -> Parts:
         buffer, turned = gradient, change
     else:
         # b' = m b + (1 - d) g           db' = m db + (1 - d) dg + dm b - dd g
-        buffer = _sum((momentum, before), (1.0 - damping, gradient))
+        buffer = _sum((1.0 - damping, gradient), (momentum, before))
         turned = _sum(
-            (momentum, along["momentum_buffer"]),
             (1.0 - damping, change),
+            (momentum, along["momentum_buffer"]),
             (rate("momentum", 0.0), before),
             (-rate("dampening", 0.0), gradient),
             into=along["momentum_buffer"],
@@ -135,9 +135,12 @@ def _adam(at: _Elements) -> Parts:
     change = _sum((sign, along["grad"]), (l2, along["param"]), (dl2, at.param))
     # m' = b1 m + (1 - b1) g             dm' = b1 dm + (1 - b1) dg + db1 (m - g)
     first = gradient * (1.0 - beta1) if m is None else torch.lerp(m, gradient, 1.0 - beta1)
-    dfirst = _sum(
-        (beta1, along["exp_avg"]), (1.0 - beta1, change), (dbeta1, m), (-dbeta1, gradient), into=along["exp_avg"]
-    )
+    dfirst = along["exp_avg"]
+    if dfirst is not None and change is not None:
+        dfirst = dfirst.lerp_(change, 1.0 - beta1)
+    else:
+        dfirst = _sum((beta1, dfirst), (1.0 - beta1, change), into=dfirst)
+    dfirst = _sum((1.0, dfirst), (dbeta1, m), (-dbeta1, gradient), into=along["exp_avg"])
     # v' = b2 v + (1 - b2) g^2           dv' = b2 dv + 2 (1 - b2) g dg + db2 (v - g^2)
     second = _plus_product(_sum((beta2, v)), gradient, gradient, 1.0 - beta2)
     dsecond = _sum((beta2, along["exp_avg_sq"]), (dbeta2, v), into=along["exp_avg_sq"])
@@ -146,20 +149,22 @@ def _adam(at: _Elements) -> Parts:
     # c = 1 - b^t                        dc = -t b^(t-1) db
     c1, c2 = 1.0 - beta1**t, 1.0 - beta2**t
     dc1, dc2 = -t * beta1 ** (t - 1.0) * dbeta1, -t * beta2 ** (t - 1.0) * dbeta2
-    # r = sqrt(v' / c2)                  2 c2 r dr = dv' - v' dc2 / c2, and dr = 0 where v' is 0, and dv' with it
+    # s = sqrt(v'), e = sqrt(c2)         2 s ds = dv', and 2 e d(s / e) = (dv' - v' dc2 / c2) / s; both 0 where v' is,
+    # and dv' with it
     dsquare = _sum((1.0, dsecond), (-dc2 / c2, second))
-    root = (second / c2).sqrt_().clamp_min_(torch.finfo(second.dtype).tiny ** 0.5)
-    # u = m' / (r + eps)                 (r + eps) du = dm' - m' dc1 / c1 - u (dr + deps), both of them over c1;
-    # `inverse` is 1 / (r + eps)
-    inverse = (root + eps).reciprocal_()
-    update = first * inverse
-    turned = _sum((1.0, dfirst), (-dc1 / c1, first), (-deps, update))
+    root = second.sqrt_().clamp_min_(torch.finfo(second.dtype).tiny ** 0.5)
+    # u = e m' / (s + e eps)             (s + e eps) du = e (dm' - m' dc1 / c1 - u (d(s / e) + deps)), both over c1;
+    # `update` is u / e
+    e = c2**0.5
+    below = root + e * eps
+    update = first / below
+    turned = _sum((1.0, dfirst), (-dc1 / c1, first), (-e * deps, update))
     if dsquare is not None:
-        turned = _plus_product(turned, update, root.reciprocal_().mul_(dsquare), -0.5 / c2)
+        turned = _plus_quotient(turned, update * dsquare, root, -0.5)
     # theta' = (1 - lr wd) theta - lr u  dtheta' = (1 - lr wd) dtheta - (dlr wd + lr dwd) theta - lr du - dlr u
     keep, dkeep = (1.0 - lr * decay, -dlr * decay - lr * ddecay) if decoupled else (1.0, 0.0)
-    moved = _sum((keep, along["param"]), (dkeep, at.param), (-dlr / c1, update), into=along["param"])
-    moved = _plus_product(moved, turned, inverse, -lr / c1, into=along["param"])
+    moved = _sum((keep, along["param"]), (dkeep, at.param), (-dlr * e / c1, update), into=along["param"])
+    moved = _plus_quotient(moved, turned, below, -lr * e / c1, into=along["param"])
     return {"param": moved, "exp_avg": dfirst, "exp_avg_sq": dsecond}
 
 
@@ -229,9 +234,9 @@ def _pieces(tensor: torch.Tensor | None, count: int) -> list[Any]:
 
 
 def _sum(*terms: tuple[float, Part], into: Part = None) -> Any:
-    """The sum of factors times tensors, or None where every term is zero.
+    """The sum of factors times tensors, or None where every term is zero; fastest if the first factor is 1.
 
-    Not to be written to, for it may be one of the tensors; only `into`, if it is the first of them, is overwritten.
+    Not to be written to, for it may be one of the tensors; only `into`, if it is one of them, is overwritten.
     """
     total: Part = None
     own = False
@@ -243,7 +248,10 @@ def _sum(*terms: tuple[float, Part], into: Part = None) -> Any:
         elif total is None:
             total, own = tensor * factor, True
         else:
-            total, own = torch.add(total, tensor, alpha=factor, out=total if own else None), True
+            total, own = (
+                torch.add(total, tensor, alpha=factor, out=total if own else tensor if tensor is into else None),
+                True,
+            )
     return total
 
 
@@ -254,3 +262,12 @@ def _plus_product(total: Part, a: Part, b: Part, factor: float, into: Part = Non
     if total is None:
         return (a * b).mul_(factor)
     return torch.addcmul(total, a, b, value=factor, out=total if total is into else None)
+
+
+def _plus_quotient(total: Part, a: Part, b: torch.Tensor, factor: float, into: Part = None) -> Any:
+    """The same for one more term, a quotient of two tensors."""
+    if a is None or factor == 0.0:
+        return total
+    if total is None:
+        return (a / b).mul_(factor)
+    return torch.addcdiv(total, a, b, value=factor, out=total if total is into else None)
