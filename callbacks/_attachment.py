@@ -142,6 +142,17 @@ class Attachment:
                     values[key] = value
         return values
 
+    def rates(self) -> list[float]:
+        """The learning rate that the next step uses, of each group or tensor in which it is learned."""
+        groups = self.optimizer.param_groups
+        pairs = [(row, self._tuner.pairs(self._shaped(groups[row.group]), row.learned)) for row in self.layout()]
+        return [
+            value
+            for row, found in pairs
+            for h, (_, value) in zip(row.learned.values(), found, strict=True)
+            if h.name == "lr"
+        ]
+
     @contextmanager
     def values_shown(self) -> Iterator[None]:
         """The values that the next step would use stand in the param groups, inside the block."""

@@ -4,84 +4,177 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from hypergrad import Hyperparameter, Rewind, TrainingState, Tuner
+from hypergrad import Hyperparameter, Rewind, TrainingState, Tuner, notable
+from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._attachment import Attachment
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Where a run can go back to."""
+
+    step: int
+    state: TrainingState
+    values: dict[str, Any]  # of hyperparameters
+    best: float  # validation and mean training loss until then
+    best_trained: float
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "state": self.state.state_dict()}
+
+
 class Guard:
-    """Hears of validation losses; see `Rewind` for the rules.
+    """Hears of losses; see `Rewind` for the rules.
 
     Args:
         rewind: the rules.
-        module, attachment: of the fit.
+        steps: of the whole run.
+        trainer, module, attachment: of the fit.
         tuner, learned: the hyperparameters of the optimizer and in the loss: their values go back too.
     """
 
     def __init__(
         self,
         rewind: Rewind,
+        steps: int,
+        trainer: pl.Trainer,
         module: pl.LightningModule,
         attachment: Attachment,
         tuner: Tuner,
         learned: Mapping[str, Hyperparameter],
     ) -> None:
         self.rewound: list[tuple[int, int]] = []  # from which step back to which
-        self._rewind, self._module, self._attachment = rewind, module, attachment
-        self._first = math.nan
-        self._good: tuple[int, TrainingState, dict[str, Any]] | None = None
+        self._rewind, self._steps = rewind, steps
+        self._trainer, self._module, self._attachment = trainer, module, attachment
+        self._first = self._best = math.nan  # of the validation loss
+        self._first_trained: torch.Tensor | None = None
+        self._best_trained = math.inf  # of the means between two checkpoints
+        self._sum: torch.Tensor | None = None  # on the device, so that a step does not wait for it
+        self._summed = 0
+        self._began = attachment.steps
         self._tuner, self._learned = tuner, learned
+        self._good = self._here()
+        self._start: _Saved | None = self._good  # while there is time to begin anew
+
+    def trained(self, outputs: Any) -> None:
+        """Take in the loss of a training batch, if it is in what Lightning's hook is given."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:  # manual optimization may return anything
+            return
+        loss = loss.detach().reshape(())
+        if self._first_trained is None:
+            self._first_trained = loss.clone()
+        self._sum = loss.clone() if self._sum is None else self._sum.add_(loss)
+        self._summed += 1
+
+    def begin_at(self, untrained: float) -> None:
+        """Training in earnest begins: whatever came before was a trial, and this the loss that it began at."""
+        self._first = self._best = untrained
+        self._sum, self._summed = None, 0
+        # The weights of then, with what has been found since.
+        self._good = self._start = replace(self._good, values=self._values(), best=untrained)
 
     def saw(self, loss: float) -> bool:
         """Take in a validation loss; True if the run has gone back because of it."""
         if math.isnan(self._first):
             self._first = loss
-        if self._good is None or not self._rewind.has_blown_up(loss, self._first):
+        if math.isnan(self._first):  # there has been no number yet to compare with
             return False
-        if len(self.rewound) >= self._rewind.times:
-            return False
-        back, state, values = self._good
-        state.install()
-        self._put_values(values)
-        self.rewound.append((self._attachment.steps, back))
-        # Each time from the same state: smaller still.
-        again = sum(to == back for _, to in self.rewound)
-        self._attachment.scale_lr(self._rewind.shrink**-again)
-        rank_zero_warn(
-            f"HyperGradient: the validation loss was {loss:.3g} at step {self._attachment.steps}, after "
-            f"{self._first:.3g} at first. The weights are those of step {back} again, and lr is "
-            f"{self._rewind.shrink**again:g} times smaller."
-        )
-        return True
+        return self._rewind.has_blown_up(loss, self._first) and self._go_back(self._good, loss)
 
-    def keep(self, loss: float) -> None:
-        """The run stands well here, if its loss says so."""
-        if not self._rewind.has_blown_up(loss, self._first if not math.isnan(self._first) else loss):
-            state = TrainingState(self._module, self._attachment.optimizer)
-            self._good = self._attachment.steps, state, self._values()
+    def at_checkpoint(self, loss: float) -> bool:
+        """The same for a loss that is always of the same batches; the run may stand well, and be kept as it is."""
+        trained, first = self._mean_trained()
+        if self.saw(loss):
+            return True
+        self._best = loss if math.isnan(self._best) else min(self._best, loss)
+        self._best_trained = min(self._best_trained, first, trained)
+        is_worse = self._rewind.has_relapsed(loss, self._first, self._best)
+        trains_worse = not trained <= self._best_trained + notable(first) and math.isfinite(first)
+        learns = not self._best_trained >= first - notable(first)
+        if self._attachment.steps > self._rewind.anew * self._steps:
+            self._start = None
+        if is_worse and trains_worse:
+            return self._go_back(self._start or self._good, loss)
+        if self._start is not None and not learns and loss > self._first - notable(self._first) and self._is_late():
+            return self._go_back(self._start, loss)
+        if (learns or loss < self._first) and not (is_worse and trained > self._best_trained):
+            self._good = self._here()
+        return False
 
     def state_dict(self) -> dict[str, Any]:
-        """The last good state, and what has been rewound."""
+        """The last good state, what has been rewound, and the losses that are looked back at."""
+        scalars = (self._first_trained, self._sum)
         return {
             "rewound": [list(pair) for pair in self.rewound],
             "first": self._first,
-            "good": None if self._good is None else [self._good[0], self._good[1].state_dict(), self._good[2]],
+            "good": self._good.state_dict(),
+            "start": None if self._start is None or self._start is self._good else self._start.state_dict(),
+            "at_start": self._start is self._good,
+            "losses": [self._best, self._best_trained, *scalars, self._summed],
+            "began": self._began,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the one that returned `state`."""
         self.rewound = [(start, end) for start, end in state["rewound"]]
         self._first = state["first"]
-        if state["good"] is not None:
-            step, saved, values = state["good"]
-            good = TrainingState(self._module, self._attachment.optimizer)
-            good.load_state_dict(saved)
-            self._good = step, good, values
+        if isinstance(state["good"], dict):  # older versions wrote something else
+            self._good = self._read(state["good"])
+            self._start = self._good if state["at_start"] else state["start"] and self._read(state["start"])
+        self._began = state.get("began", self._began)
+        if "losses" in state:  # not in those of versions that knew no relapse
+            self._best, self._best_trained, *scalars, self._summed = state["losses"]
+            self._first_trained, self._sum = (
+                None if t is None else t.to(self._module.device, copy=True) for t in scalars
+            )
+
+    def _is_late(self) -> bool:
+        """Whether something should have been learned since the start, or the last way back."""
+        since = self.rewound[-1][0] if self.rewound else self._began
+        return bool(self._attachment.steps - since >= self._rewind.patience * self._steps)
+
+    def _mean_trained(self) -> tuple[float, float]:
+        """The mean training loss since the last checkpoint and the first one, of all ranks; NaN where unknown."""
+        if self._sum is None or self._first_trained is None:
+            return math.nan, math.nan
+        pair = torch.stack([(self._sum / self._summed).float(), self._first_trained.float()])
+        self._sum, self._summed = None, 0
+        trained, first = mean(self._trainer, pair).tolist()
+        return trained, first
+
+    def _go_back(self, to: _Saved, loss: float) -> bool:
+        if len(self.rewound) >= self._rewind.times:
+            return False
+        to.state.install()
+        self._put_values(to.values)
+        self._best, self._best_trained = to.best, to.best_trained
+        self.rewound.append((self._attachment.steps, to.step))
+        # Each time from the same state: smaller still.
+        again = sum(step == to.step for _, step in self.rewound)
+        self._attachment.scale_lr(self._rewind.shrink**-again)
+        rank_zero_warn(
+            f"HyperGradient: the validation loss was {loss:.3g} at step {self._attachment.steps}, after "
+            f"{self._first:.3g} at first. The weights are those of step {to.step} again, and lr is "
+            f"{self._rewind.shrink**again:g} times smaller."
+        )
+        return True
+
+    def _read(self, saved: dict[str, Any]) -> _Saved:
+        state = TrainingState(self._module, self._attachment.optimizer)
+        state.load_state_dict(saved["state"])
+        return _Saved(**{**saved, "state": state})
+
+    def _here(self) -> _Saved:
+        state = TrainingState(self._module, self._attachment.optimizer)
+        return _Saved(self._attachment.steps, state, self._values(), self._best, self._best_trained)
 
     def _values(self) -> dict[str, Any]:
         tensors = {name: h.value.detach().clone() for name, h in self._learned.items()}

@@ -41,6 +41,8 @@ class Update:
     def scalars(self) -> dict[str, float]:
         """Every finite number of this update under the tag it has in TensorBoard."""
         scalars = {"hypergradient/val_loss": self.val_loss}
+        if self.skipped is not None:
+            scalars["hypergradient/skipped"] = 1.0
         columns = (
             ("value", self.values),
             ("hypergradient", self.hypergradients),

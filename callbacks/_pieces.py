@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from hypergrad import Best, Cautious, Descent, HypergradError, Hyperparameter, Readout, Tuner, UnsupportedOptimizerError
+from hypergrad import (
+    Best,
+    Cautious,
+    ConfigurationError,
+    Descent,
+    HypergradError,
+    Hyperparameter,
+    Readout,
+    Tuner,
+    UnsupportedOptimizerError,
+)
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
@@ -59,7 +69,7 @@ class Pieces:
         if plan.readout is not None:
             self._keeper = Keeper(plan.readout, steps, module, score)
         if plan.rewind is not None:
-            self._guard = Guard(plan.rewind, module, attachment, tuner, learned)
+            self._guard = Guard(plan.rewind, steps, trainer, module, attachment, tuner, learned)
         if plan.race is not None:
             self._heat = Heat(plan.race, steps, trainer, module, attachment, score)
             if attachment.training_loss is None:
@@ -91,24 +101,33 @@ class Pieces:
         if self._training_loss is not None:
             self._training_loss.went_back()
 
-    def batch_ended(self, stepped: bool) -> bool:
+    def batch_ended(self, stepped: bool, outputs: Any) -> bool:
         """A training batch has been trained on; `stepped` if the optimizer has made a step.
+
+        Args:
+            outputs: of the batch, as Lightning's hook has them.
 
         Returns:
             Whether the readout has judged the weights.
         """
+        if self._guard is not None:
+            self._guard.trained(outputs)
         if self._heat is not None:
             if not self._heat.is_over:
                 return False
             heat = self._heat
-            self.race_result = {"lr": heat.winner, "scores": heat.scores, "weight_decay": self._place_decay()}
+            self.race_result = {"lr": heat.winner, "scores": heat.scores, "weight_decay": []}
+            if heat.has_learned:  # a network that stands still yet would only shrink
+                self.race_result["weight_decay"] = self._place_decay()
             scores = "; ".join(", ".join(f"{lr:.3g}: {s:.4g}" for lr, s in rung.items()) for rung in heat.scores)
+            if self._guard is not None:
+                self._guard.begin_at(heat.untrained)
             self._end_race()
             rank_zero_info(f"HyperGradient: lr {heat.winner:.3g} won the race ({scores})")
             return False
         raw = self._at_checkpoint() if stepped else None
-        if raw is not None and self._guard is not None and not self.saw(raw):
-            self._guard.keep(raw)
+        if raw is not None and self._guard is not None and self._guard.at_checkpoint(raw):
+            self._forget_average()
         return raw is not None and self._keeper is not None
 
     def _at_checkpoint(self) -> float | None:
@@ -122,8 +141,7 @@ class Pieces:
         """Take in a value of the objective; True if the run has been rewound because of it."""
         if self._guard is None or self.is_racing or not self._guard.saw(loss):
             return False
-        if self._keeper is not None:
-            self._keeper.forget_average()
+        self._forget_average()
         return True
 
     @property
@@ -207,6 +225,10 @@ class Pieces:
             rank_zero_info(f"HyperGradient: weight decay starts at {values}, by {self._timescale}")
         return placed
 
+    def _forget_average(self) -> None:
+        if self._keeper is not None:
+            self._keeper.forget_average()
+
     def _let_others_step(self, loss: StepLoss | None) -> None:
         if self._heat is None:
             return
@@ -214,6 +236,9 @@ class Pieces:
             self._heat.after_step(loss)
         except UnsupportedOptimizerError as error:
             self._cancel(error)
+        except ConfigurationError as error:
+            rank_zero_warn(f"HyperGradient: no race of learning rates: {error}. Training goes on with the one it has.")
+            self._give_up()
 
     def _cancel(self, error: HypergradError) -> None:
         rank_zero_info(

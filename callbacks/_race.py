@@ -10,7 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from hypergrad import Race, TrainingState, UnsupportedOptimizerError, best_arms, live_tensors, write_tensors
+from hypergrad import (
+    ConfigurationError,
+    Race,
+    TrainingState,
+    UnsupportedOptimizerError,
+    boldest_arms,
+    has_learned,
+    live_tensors,
+    write_tensors,
+)
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._training import StepLoss
 
@@ -42,6 +51,7 @@ class Heat:
         own = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self.rates = race.arms(own)
         self.scores: list[dict[float, float]] = []  # of each rung, by learning rate
+        self.untrained = score()
         self.live = 0
         self._ends, self._forks = race.ends(steps), race.forks
         self._standing = list(range(len(self.rates)))
@@ -56,6 +66,11 @@ class Heat:
     def is_over(self) -> bool:
         """Whether the training has its learning rate."""
         return len(self._standing) == 1 and not self._states
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the winner has come further than noise would take it."""
+        return bool(self.scores) and has_learned(min(self.scores[-1].values()), self.untrained)
 
     @property
     def winner(self) -> float:
@@ -103,6 +118,7 @@ class Heat:
             "means": {arm: dict(mean) for arm, mean in self._means.items()},
             "numbers": [self._averaged, self._first_loss, self._step],
             "losses": dict(self._losses),
+            "untrained": self.untrained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +135,7 @@ class Heat:
         self._means = {arm: {n: t.to(live[n].device) for n, t in mean.items()} for arm, mean in state["means"].items()}
         self._averaged, self._first_loss, self._step = state["numbers"]
         self._losses = dict(state["losses"])
+        self.untrained = state.get("untrained", math.nan)  # older versions did not know it
 
     def _offset(self, arm: int) -> float:
         return math.log(self.rates[arm] / self.rates[0])
@@ -178,9 +195,11 @@ class Heat:
                 scores[arm] = self._score_of_mean(arm)
             finally:
                 state.exchange()
+        if not any(map(math.isfinite, scores.values())):
+            raise ConfigurationError(f"the validation loss is no number for any learning rate, at step {self._step}")
         self.scores.append({self.rates[arm]: score for arm, score in scores.items()})
         self._means, self._averaged = {}, 0
-        kept = best_arms(scores, keep)
+        kept = boldest_arms(scores, self.rates, keep, self.untrained)
         self._keep(kept, kept[0])
         if len(self._ends) == 1:
             self._fork()

@@ -22,6 +22,7 @@ from hypergrad import (
     TensorMeasurement,
     Tuner,
     check_names,
+    check_optimizer,
     resolve,
 )
 from hypergrad.callbacks._agreement import fewest, mean, mean_rows
@@ -116,6 +117,11 @@ class Run:
         return values
 
     @property
+    def rates(self) -> list[float]:
+        """The learning rates of the next step, as far as they are learned."""
+        return [rate for a in self._attachments for rate in a.rates()]
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The value of each hyperparameter in the loss, by path in the module."""
         return {name: module.value.detach().clone() for name, module in self._modules.items()}
@@ -191,8 +197,8 @@ class Run:
         if self._pieces is not None:
             self._pieces.went_back()
 
-    def batch_ended(self) -> None:
-        """A training batch has been trained on."""
+    def batch_ended(self, outputs: Any) -> None:
+        """A training batch has been trained on; `outputs` are those of Lightning's hook."""
         self.ledger.training.stop()
         self.ledger.training_batches += 1
         for attachment in self._attachments:
@@ -200,7 +206,7 @@ class Run:
         before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
         if self._pieces is not None:
             with self.ledger.updates.running():
-                at_checkpoint = self._pieces.batch_ended(self.steps > before)
+                at_checkpoint = self._pieces.batch_ended(self.steps > before, outputs)
             if at_checkpoint:
                 self._predicted.append(self._foretold)
                 self._foretold = 0.0
@@ -305,6 +311,8 @@ class Run:
         steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
         for i, optimizer in enumerate(optimizers):
             names = settings.of_optimizers
+            if names:
+                check_optimizer(optimizer)
             check_names(optimizer, self._trainer.lightning_module, names, self._modules)
             implicit = isinstance(settings.estimator, Implicit)
             hyperparameters = resolve(optimizer, names) if names or not (tensors or implicit) else ()
@@ -364,6 +372,8 @@ class Run:
         outcome = self._tuner.update(
             [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value, tensors
         )
+        if outcome.skipped is not None:
+            self._warn_once(outcome.skipped, "nothing is learned from it")
         return Update(
             step=self.steps,
             val_loss=value,
@@ -385,8 +395,11 @@ class Run:
             if c.unused
         ]
         for status in found:
-            kind = status[:30]
-            if kind not in self._warned:
-                self._warned.add(kind)
-                rank_zero_warn(f"HyperGradient at step {self.steps}: {status}.")
+            self._warn_once(status)
         return "; ".join(found) or None
+
+    def _warn_once(self, status: str, more: str = "") -> None:
+        kind = status[:30]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(f"HyperGradient at step {self.steps}: {status}{more and f', {more}'}.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from torch.utils.data import Dataset
 
 from hypergrad import (
     ConfigurationError,
@@ -22,6 +23,8 @@ from hypergrad import (
 )
 from hypergrad.callbacks._lightning import validation_loaders
 from hypergrad.callbacks._plan import Wishes
+
+Name = str | OptimizerHyperparameter | Hyperparameter
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,34 @@ def check_disjoint(optimizers: Sequence[torch.optim.Optimizer]) -> None:
                     f"A parameter of shape {tuple(p.shape)} is stepped by optimizers {owner[p]} and {i}: its change "
                     "has no single learning rate. Give each parameter to one optimizer."
                 )
+
+
+def as_tuple(hyperparameters: Name | Sequence[Name] | None) -> tuple[Name, ...] | None:
+    """The hyperparameters that were named; None for the default ones."""
+    if hyperparameters is None:
+        return None
+    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter)):
+        return (hyperparameters,)
+    return tuple(hyperparameters)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what is no loader that can be read again and again."""
+    kind = type(loader).__name__
+    if isinstance(loader, Dataset):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be a DataLoader, but got the dataset itself ({kind}): pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(loader, (list, tuple, dict, CombinedLoader)):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be one DataLoader, but got a {kind}: join the datasets with "
+            "torch.utils.data.ConcatDataset, or pass the one that hyperparameters are to be tuned on."
+        )
+    if not isinstance(loader, Iterable):
+        raise ConfigurationError(f"`val_dataloaders` must be a DataLoader, but got {loader!r}, which is not iterable.")
+    if isinstance(loader, Iterator):
+        raise ConfigurationError(
+            f"`val_dataloaders` must be a DataLoader, but got {kind}, which can be read only once: pass the loader "
+            "itself, not iter(loader)."
+        )

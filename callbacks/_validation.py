@@ -43,9 +43,12 @@ class ValidationLoss:
     several: bool = False
 
     def gradient(
-        self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor]
+        self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor], *, any_of: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The loss, detached, and its gradient with respect to `params`, on one batch as the loader gave it.
+
+        Args:
+            any_of: it must depend on one of them at least.
 
         Raises:
             NotDifferentiableError: if no gradient can be had; the message says why and how to mend it.
@@ -59,7 +62,7 @@ class ValidationLoss:
                 # In float16 the gradients that flow back through the activations would underflow to 0; a power of
                 # two changes no digit.
                 scale = 1024.0 if str(self.trainer.precision).startswith("16") else 1.0
-                gradients = gradient(loss, params, self.module, scale=scale)
+                gradients = gradient(loss, params, self.module, scale=scale, any_of=any_of)
         return loss.detach(), gradients
 
     def value(self, batch: Any, batch_idx: int) -> float:
@@ -80,7 +83,7 @@ class ValidationLoss:
             ConfigurationError: if `validation_step` changes parameters, which cannot be told from training.
         """
         before = [p.detach().clone() for p in self.module.parameters()]
-        self.gradient(batch, 0, params)
+        self.gradient(batch, 0, params, any_of=True)
         for (name, p), old in zip(self.module.named_parameters(), before, strict=True):
             if not torch.allclose(p.detach(), old, 0.0, 0.0, equal_nan=True):
                 with torch.no_grad():

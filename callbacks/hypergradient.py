@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import Dataset
 
 from hypergrad import (
     Best,
@@ -19,6 +18,7 @@ from hypergrad import (
     Controller,
     Estimator,
     Hyperparameter,
+    HyperparameterError,
     Online,
     OptimizerHyperparameter,
     Race,
@@ -33,9 +33,7 @@ from hypergrad.callbacks._history import Update
 from hypergrad.callbacks._lightning import log_scalars
 from hypergrad.callbacks._plan import Auto, Wishes
 from hypergrad.callbacks._run import Run
-from hypergrad.callbacks._settings import Settings
-
-Name = str | OptimizerHyperparameter | Hyperparameter
+from hypergrad.callbacks._settings import Name, Settings, as_tuple, check_loader
 
 
 class HyperGradient(pl.Callback):
@@ -134,16 +132,21 @@ class HyperGradient(pl.Callback):
                 "Unrolled() would record every step of the run: say how many of the latest it is to go back through, "
                 f"such as Unrolled(steps={every_n_steps or 5}), or use Forward(), whose memory does not grow."
             )
-        for h in _as_tuple(hyperparameters) or ():
+        for h in as_tuple(hyperparameters) or ():
             if isinstance(h, Schedule):
                 raise ConfigurationError(
                     f"{h!r} is learned over repeated whole runs, with the function hypergrad.hypergradient and without "
                     "a Trainer: see examples/learn_schedule.py. Within one run name 'lr', which multiplies a schedule."
                 )
+            if not isinstance(h, (str, OptimizerHyperparameter, Hyperparameter)):
+                raise HyperparameterError(
+                    "A hyperparameter is a name such as 'lr', an OptimizerHyperparameter, or a Hyperparameter of the "
+                    f"module, but got {h!r}."
+                )
         if val_dataloaders is not None:
-            _check_loader(val_dataloaders)
+            check_loader(val_dataloaders)
         self._settings = Settings(
-            hyperparameters=_as_tuple(hyperparameters),
+            hyperparameters=as_tuple(hyperparameters),
             estimator=estimator if estimator is not None else Online(),
             monitor=monitor,
             mode=mode,
@@ -244,18 +247,19 @@ class HyperGradient(pl.Callback):
         if self._run is not None:
             self._run.went_back()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Take the hypergradient of a step that was tracked in this batch."""
         if self._run is None:
             return
-        self._run.batch_ended()
+        self._run.batch_ended(outputs)
         self._tell(trainer)
         if self._run.is_due:
             update = self._run.update()
+            self._show(trainer, pl_module)
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
             if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
                 self._logged_at = self._run.steps
-                self._write(trainer, pl_module, update)
+                self._write(trainer, update)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Compare what is tuned on with what is not."""
@@ -304,12 +308,17 @@ class HyperGradient(pl.Callback):
             for logger in trainer.loggers:
                 log_scalars(logger, scalars, step)
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, update: Update) -> None:
+    def _write(self, trainer: pl.Trainer, update: Update) -> None:
         for logger in trainer.loggers:
             log_scalars(logger, update.scalars(), update.step)
-        rates = [label for label in update.values if label.partition("/")[0] == "lr"]
-        if rates and trainer.progress_bar_callback is not None:
-            module.log("hypergradient/lr", update.values[rates[0]], prog_bar=True, logger=False)
+
+    def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The learning rate of the next step, on the progress bar."""
+        if self._run is None or trainer.progress_bar_callback is None:
+            return
+        rates = self._run.rates
+        if rates:
+            module.log("hypergradient/lr", rates[0], prog_bar=True, logger=False)
 
 
 def _wishes(
@@ -344,35 +353,6 @@ def _wishes(
         None if rewind == "auto" else rewind,
         None if timescale == "auto" else timescale,
     )
-
-
-def _as_tuple(hyperparameters: Name | Sequence[Name] | None) -> tuple[Name, ...] | None:
-    if hyperparameters is None:
-        return None
-    if isinstance(hyperparameters, (str, OptimizerHyperparameter, Hyperparameter)):
-        return (hyperparameters,)
-    return tuple(hyperparameters)
-
-
-def _check_loader(loader: Any) -> None:
-    kind = type(loader).__name__
-    if isinstance(loader, Dataset):
-        raise ConfigurationError(
-            f"`val_dataloaders` must be a DataLoader, but got the dataset itself ({kind}): pass "
-            "DataLoader(dataset, batch_size=...)."
-        )
-    if isinstance(loader, (list, tuple, dict, CombinedLoader)):
-        raise ConfigurationError(
-            f"`val_dataloaders` must be one DataLoader, but got a {kind}: join the datasets with "
-            "torch.utils.data.ConcatDataset, or pass the one that hyperparameters are to be tuned on."
-        )
-    if not isinstance(loader, Iterable):
-        raise ConfigurationError(f"`val_dataloaders` must be a DataLoader, but got {loader!r}, which is not iterable.")
-    if isinstance(loader, Iterator):
-        raise ConfigurationError(
-            f"`val_dataloaders` must be a DataLoader, but got {kind}, which can be read only once: pass the loader "
-            "itself, not iter(loader)."
-        )
 
 
 def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -12,9 +12,9 @@ from hypergrad.controllers.descent import Descent
 from hypergrad.controllers.frozen import Frozen
 from hypergrad.controllers.gated import Gated
 from hypergrad.controllers.hold import Hold
-from hypergrad.controllers.race import Race, best_arms
+from hypergrad.controllers.race import Race, best_arms, boldest_arms, has_learned
 from hypergrad.controllers.readout import Best, Readout
-from hypergrad.controllers.rewind import Rewind
+from hypergrad.controllers.rewind import Rewind, notable
 from hypergrad.controllers.shape import Cosine, Linear, Shape
 from hypergrad.controllers.timescale import Timescale
 from hypergrad.curvature import Curvature, Exact, FiniteDifference, SharedLoss
@@ -36,6 +36,7 @@ from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
 from hypergrad.optimizer.rules import decay_rate
+from hypergrad.optimizer.step import check_optimizer
 from hypergrad.relaxation import relaxed_dropout
 from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
@@ -103,14 +104,18 @@ __all__ = [
     "Unrolled",
     "UnsupportedOptimizerError",
     "best_arms",
+    "boldest_arms",
     "check",
     "check_names",
+    "check_optimizer",
     "decay_rate",
     "generators_of",
     "gradient",
+    "has_learned",
     "hypergradient",
     "live_tensors",
     "loss_hyperparameters",
+    "notable",
     "preserved",
     "preserved_rng",
     "raw_step",

@@ -12,7 +12,12 @@ from hypergrad.torch_internals import without_gradient_hooks
 
 
 def gradient(
-    loss: torch.Tensor, params: Sequence[torch.Tensor], module: torch.nn.Module | None = None, *, scale: float = 1.0
+    loss: torch.Tensor,
+    params: Sequence[torch.Tensor],
+    module: torch.nn.Module | None = None,
+    *,
+    scale: float = 1.0,
+    any_of: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """d(loss)/d(params), zero where the loss does not depend on a parameter; `.grad` is not touched.
 
@@ -24,16 +29,23 @@ def gradient(
         params: tensors that require a gradient.
         module: whose backward hooks are to be left out as well.
         scale: the loss is multiplied by it and the gradient divided: keeps float16 from underflow.
+        any_of: the loss must depend on one of them at least.
 
     Raises:
-        NotDifferentiableError: if the graph holds a reentrant checkpoint, through which no such gradient flows.
+        NotDifferentiableError: if the graph holds a reentrant checkpoint, through which no such gradient flows, or
+            leads to none of the parameters that it must depend on.
     """
     _refuse_reentrant_checkpoints(loss)
     with without_gradient_hooks(params, module):
         scaled = loss if scale == 1.0 else scale * loss
-        gradients = torch.autograd.grad(scaled, list(params), allow_unused=True, materialize_grads=True)
-    # The zeros that torch fills in required a gradient until 2.8.
-    return tuple(g.detach() if scale == 1.0 else g.detach() / scale for g in gradients)
+        gradients = torch.autograd.grad(scaled, list(params), allow_unused=True)
+    if any_of and params and all(g is None for g in gradients):
+        raise NotDifferentiableError(
+            "The validation loss depends on none of the parameters that the optimizer trains: is it that of a copy of "
+            "the model, such as an average of its weights? Evaluate the model that is trained."
+        )
+    found = (torch.zeros_like(p) if g is None else g.detach() for p, g in zip(params, gradients, strict=True))
+    return tuple(g if scale == 1.0 else g / scale for g in found)
 
 
 def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from hypergrad.estimators.online import Online
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved
 from hypergrad.loss_hyperparameter import Hyperparameter, loss_hyperparameters
+from hypergrad.optimizer.step import check_optimizer
 from hypergrad.rng import RngState, preserved_rng
 from hypergrad.schedule import Schedule
 from hypergrad.scopes import reference, split_where_asked, units
@@ -121,7 +122,7 @@ def hypergradient(
             )
         with requiring_grad(tracker.params):
             value = _scalar(val_loss(model), "val_loss")
-            gradients = gradient(value, tracker.params, model)
+            gradients = gradient(value, tracker.params, model, any_of=True)
         contraction = tracker.contract(dict(zip(tracker.params, gradients, strict=True)))
     if contraction.unused:
         raise HyperparameterError(
@@ -206,6 +207,8 @@ def split_names(
         hyperparameters = (hyperparameters,)
     modules = loss_hyperparameters(model, [h for h in hyperparameters if isinstance(h, Hyperparameter)])
     rest = [h for h in hyperparameters if not isinstance(h, Hyperparameter)]
+    if rest or not modules:
+        check_optimizer(optimizer)  # before its names: LBFGS lacks weight_decay, which is not what is wrong with it
     check_names(optimizer, model, rest, modules)
     if not rest and modules:
         return (), modules

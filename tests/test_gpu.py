@@ -111,7 +111,7 @@ def test_one_synchronisation_per_update_and_none_per_step(lr: float, recwarn: py
 
     model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(8))).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    attachment = Attachment(0, optimizer, resolve(optimizer, ("lr", "weight_decay")), Online(), Tuner(Hold()), 2)
+    attachment = Attachment(0, optimizer, resolve(optimizer, ("lr", "weight_decay")), Online(), {}, Tuner(Hold()), 2)
     x = torch.randn(4, 16, device="cuda")
     for _ in range(4):  # the first steps create state
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hypergrad.controllers.rewind import notable
 from hypergrad.errors import ConfigurationError
 
 _DECADES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -87,8 +88,8 @@ class Race:
 
     @property
     def scores(self) -> int:
-        """How often an arm is judged by its validation loss."""
-        return sum(self._arms())
+        """How often an arm is judged by its validation loss, the untrained one included."""
+        return 1 + sum(self._arms())
 
     def _arms(self) -> list[int]:
         """How many run in each rung."""
@@ -108,3 +109,30 @@ def best_arms(scores: Mapping[int, float], keep: int) -> list[int]:
     ranked = sorted(scores, key=lambda arm: (not math.isfinite(scores[arm]), scores[arm], arm))
     finite = [arm for arm in ranked if math.isfinite(scores[arm])]
     return (finite or ranked[:1])[:keep]
+
+
+def boldest_arms(scores: Mapping[int, float], rates: Sequence[float], keep: int, untrained: float) -> list[int]:
+    """The same while no arm has learned anything yet: those with the highest rates that have done no harm come first.
+
+    Deep networks often stand still for a while. Scores that differ by noise would choose any rate, and one that is too
+    low is never found out, while one that is too high is.
+
+    Args:
+        rates: of the arms.
+        untrained: the score before training. A fiftieth less is something learned, a two hundredth more is harm.
+
+    >>> boldest_arms({0: 2.302, 1: 2.301, 2: 2.303}, [1e-4, 1e-3, 1e-2], 2, untrained=2.302)
+    [2, 1]
+    >>> boldest_arms({0: 2.302, 1: 2.001, 2: 2.303}, [1e-4, 1e-3, 1e-2], 2, untrained=2.302)
+    [1, 0]
+    """
+    ranked, harm = best_arms(scores, len(scores)), untrained + 0.005 * abs(untrained)
+    if has_learned(scores[ranked[0]], untrained):
+        return ranked[:keep]
+    harmless = sorted((arm for arm in ranked if scores[arm] <= harm), key=lambda arm: -rates[arm])
+    return [*harmless, *(arm for arm in ranked if arm not in harmless)][:keep]
+
+
+def has_learned(score: float, untrained: float) -> bool:
+    """Whether a score is better than before training by more than a fiftieth; True where that is not known."""
+    return not score >= untrained - notable(untrained)

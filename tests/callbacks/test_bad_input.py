@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def test_mode_and_loaders() -> None:
         HyperGradient(val_dataloaders=[data()])
     with pytest.raises(ConfigurationError, match=r"hypergrad\.hypergradient"):
         HyperGradient([Schedule("lr", {0: 0.1, 10: 0.01})])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", [3, None, 0.1])
+def test_names_of_another_type(name: Any) -> None:
+    with pytest.raises(HyperparameterError, match=f"such as 'lr'.*but got {name!r}"):
+        HyperGradient((name,))
 
 
 class Two(Net):
@@ -80,6 +87,20 @@ class Vector(Net):
         return {"val_loss": self.net(batch[0]).sum(1)}
 
 
+class Copy(Net):
+    """Evaluates an average of its weights, which requires a gradient as every copy does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = copy.deepcopy(self.net)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.average(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=0.01)
+
+
 @pytest.mark.parametrize(
     ("module", "settings", "error", "match"),
     [
@@ -87,6 +108,8 @@ class Vector(Net):
         (Net(), {"hyperparameters": ()}, HyperparameterError, "Name at least one"),
         (Net("SGD"), {"hyperparameters": ("momentum",)}, HyperparameterError, "does not depend on 'momentum'"),
         (Net("LBFGS"), {"hyperparameters": ("lr",)}, UnsupportedOptimizerError, "LBFGS cannot.*use SGD, Adam"),
+        (Net("LBFGS"), {}, UnsupportedOptimizerError, "LBFGS cannot.*use SGD, Adam"),
+        (Copy(), {}, NotDifferentiableError, "depends on none of the parameters.*a copy of the model"),
         (Net("SparseAdam"), {"hyperparameters": ("lr",)}, UnsupportedOptimizerError, "sparse=False"),
         (Two(), {"hyperparameters": ("lr",)}, ConfigurationError, r"shape \(8, 5\) is stepped by optimizers 0 and 1"),
         (Silent(), {}, NotDifferentiableError, r"neither logs 'val_loss' nor returns a loss \(it logs 'accuracy'\)"),
@@ -167,3 +190,25 @@ def test_the_monitored_number_is_no_longer_held_out_is_said_once(
         caplog.clear()
         trainer(tmp_path, callbacks=[HyperGradient(val_dataloaders=data(seed=2))]).fit(Net(), data(), data(seed=1))
         assert not any("held out" in r.message for r in caplog.records)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_validation_loss_that_is_never_a_number_leaves_the_training_alone() -> None:
+    class Nan(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("val_loss", self.loss(batch) * float("nan"))
+
+    weights = []
+    for callbacks in ([], [HyperGradient(val_dataloaders=data(seed=2))]):
+        torch.manual_seed(0)
+        module = Nan(lr=0.01)
+        fitted = trainer(None, callbacks=callbacks, max_epochs=-1, max_steps=500)
+        if callbacks:
+            with pytest.warns(UserWarning, match="the validation loss is no number|nothing is learned from it"):
+                fitted.fit(module, data())
+            assert callbacks[0].race is None
+            assert all(u.skipped for u in callbacks[0].history)
+        else:
+            fitted.fit(module, data())
+        weights.append(module.state_dict())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)  # for the first rung lr had the shape of a cosine

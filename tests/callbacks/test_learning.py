@@ -63,12 +63,16 @@ def test_a_passing_nan_skips_the_update_and_is_recorded(tmp_path: Path) -> None:
             return loss * float("nan") if self.global_step in (2, 3) and not self.trainer.sanity_checking else loss
 
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
-    fit(Nan(), callback, tmp_path)
+    with pytest.warns(UserWarning, match="at step 2: non-finite validation loss, nothing is learned from it") as seen:
+        fit(Nan(), callback, tmp_path)
+    assert len([w for w in seen if "non-finite" in str(w.message)]) == 1
     skipped = [u.step for u in callback.history if u.skipped]
     assert skipped == [2, 3]
     assert callback.history[1].skipped == "non-finite validation loss"
     assert callback.history[3].values == callback.history[1].values
     assert "2 updates skipped" in callback.summary()
+    assert callback.history[1].scalars()["hypergradient/skipped"] == 1.0
+    assert "hypergradient/skipped" not in callback.history[0].scalars()
     assert all(torch.isfinite(torch.tensor(list(u.values.values()))).all() for u in callback.history)
 
 

@@ -246,6 +246,77 @@ def test_a_run_that_blows_up_goes_back(readout: Readout | None) -> None:
     assert "went back" in callback.report()
 
 
+class Forgets(Net):
+    """Its weights are as at first again after the 60th of 120 steps, or the 30th: a learning rate that is too high."""
+
+    at, validation = 60, 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == self.at:
+            seeded(self)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val_loss", self.loss(batch) + self.validation * (self.trainer.global_step > 60))
+
+
+@pytest.mark.parametrize(("at", "back"), [(60, 54), (30, 0)], ids=["late", "while there is time to begin anew"])
+def test_a_run_that_relapses_goes_back(at: int, back: int) -> None:
+    module = Forgets(lr=0.03)
+    module.at = at
+    callback = tuner(readout=Readout(checkpoints=20), rewind=Rewind())
+    with pytest.warns(UserWarning, match="The weights are those of step"):
+        fit(module, callback)
+    start, end = callback.rewound[0]
+    assert at < start <= at + 18
+    assert end == back if back == 0 else back - 18 <= end <= back
+    assert callback.hyperparameters["lr"] <= 0.03 / 3 * (1 + 1e-6)
+
+
+def test_a_run_that_overfits_does_not_go_back() -> None:
+    module = Forgets(lr=0.03)
+    module.at, module.validation = (
+        -1,
+        0.5,
+    )  # the validation loss loses all that it had gained, the training loss nothing
+    callback = tuner(readout=Readout(checkpoints=20), rewind=Rewind())
+    fit(module, callback)
+    raw = [raw for _, raw, _ in callback._run._pieces.readings]
+    assert Rewind().has_relapsed(raw[-1], first=raw[0], best=min(raw))
+    assert callback.rewound == []
+
+
+def test_a_run_that_stands_still_begins_anew_with_a_smaller_rate() -> None:
+    class Stands(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * 0.0 + 1.0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("val_loss", self.loss(batch) * 0.0 + 1.0)
+
+    module = Stands("SGD", lr=0.03)
+    callback = tuner(readout=Readout(checkpoints=20), rewind=Rewind())
+    with pytest.warns(UserWarning, match="The weights are those of step 0 again"):
+        fit(module, callback)
+    assert callback.rewound == [(24, 0), (48, 0)]  # later there is no time to begin anew
+
+
+class Plateau(Net):
+    """For a hundred steps, by the scale of its loss, hardly anything can be learned."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        loss = super().loss(batch)
+        return loss if self.trainer.global_step > 100 else 1.0 + 1e-4 * loss
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_race_on_a_plateau_does_not_choose_by_noise() -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2))
+    fitted = trainer(None, callbacks=[callback], max_steps=600, max_epochs=-1, num_sanity_val_steps=0)
+    fitted.fit(seeded(Plateau("SGD", lr=1e-3)), data())
+    assert callback.race["lr"] >= 1.0  # none does harm there
+    assert callback.race["weight_decay"] == []  # which would only shrink weights that have nothing to learn from
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("budget", [1.1, 1.25, 2.0])
 def test_the_budget_is_kept_to_two_percent(budget: float) -> None:

@@ -43,9 +43,10 @@ def test_one_chart_for_each_hyperparameter_and_group(tmp_path: Path) -> None:
 
 def test_the_progress_bar_shows_the_current_lr(tmp_path: Path) -> None:
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
-    fitted = trainer(tmp_path, callbacks=[callback], enable_progress_bar=True)
+    fitted = trainer(tmp_path, callbacks=[callback], enable_progress_bar=True, log_every_n_steps=50)
     fitted.fit(Net(), data(), data(seed=1))
-    assert fitted.progress_bar_metrics["hypergradient/lr"] == pytest.approx(callback.history[-1].values["lr"])
+    assert fitted.progress_bar_metrics["hypergradient/lr"] == pytest.approx(callback.hyperparameters["lr"])
+    assert callback.hyperparameters["lr"] != pytest.approx(callback.history[-1].values["lr"])  # that of the next step
 
 
 def test_history_survives_packing() -> None:

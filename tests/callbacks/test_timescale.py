@@ -125,6 +125,7 @@ class Coupled(Net):
         return torch.optim.Adam(self.parameters(), lr=0.01, weight_decay=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:HyperGradient. the validation loss was")  # one of them relapses on its way
 def test_by_default_it_is_left_alone_where_it_means_something_else() -> None:
     def default(module: pl.LightningModule, **kwargs: Any) -> HyperGradient:
         callback = HyperGradient(val_dataloaders=data(seed=2), **kwargs)

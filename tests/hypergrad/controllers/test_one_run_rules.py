@@ -21,6 +21,7 @@ from hypergrad import (
     Readout,
     Rewind,
     best_arms,
+    boldest_arms,
 )
 
 
@@ -45,7 +46,7 @@ def test_the_cost_is_that_of_the_arms_beside_the_run_itself() -> None:
     race = Race(rates=(1e-3, 1e-2), rungs=((0.1, 2), (0.2, 1), (0.5, 1)), forks=(2.0,))
     # three arms for 10 steps, two for 10, the best and its fork for 30
     assert race.cost(100) == 2 * 10 + 1 * 10 + 1 * 30
-    assert race.scores == 3 + 2 + 2
+    assert race.scores == 1 + 3 + 2 + 2  # and the untrained network
 
 
 def test_the_users_own_rate_races_and_is_no_arm_twice() -> None:
@@ -135,9 +136,32 @@ def test_what_counts_as_blown_up() -> None:
     assert rewind.has_blown_up(7.1, first=2.0)
     assert not rewind.has_blown_up(-5.0, first=-1.0)  # an objective that is to be made large, negated
     assert rewind.has_blown_up(math.nan, first=1.0)
-    for settings in ({"limit": 0.5}, {"shrink": 1.0}, {"times": 0}):
+    for settings in ({"limit": 0.5}, {"shrink": 1.0}, {"times": 0}, {"lost": 0.0}, {"patience": 0.0}, {"anew": -0.1}):
         with pytest.raises(ConfigurationError):
             Rewind(**settings)
+
+
+def test_what_counts_as_relapsed() -> None:
+    rewind = Rewind(lost=0.5)
+    assert not rewind.has_relapsed(1.4, first=2.0, best=1.0)
+    assert rewind.has_relapsed(1.6, first=2.0, best=1.0)
+    assert rewind.has_relapsed(math.nan, first=2.0, best=1.0)
+    assert not rewind.has_relapsed(2.03, first=2.0, best=2.0)  # nothing gained, and hardly anything lost
+    assert rewind.has_relapsed(2.05, first=2.0, best=2.0)
+    assert not rewind.has_relapsed(-4.6, first=-3.0, best=-6.0)  # to be made large, negated
+    assert rewind.has_relapsed(-4.4, first=-3.0, best=-6.0)
+    for first, best in ((math.nan, 1.0), (2.0, math.nan), (2.0, math.inf)):
+        assert not rewind.has_relapsed(9.0, first=first, best=best)
+    assert not Rewind(lost=math.inf).has_relapsed(9.0, first=2.0, best=1.0)
+
+
+def test_while_nobody_has_learned_the_boldest_go_on() -> None:
+    rates = [1e-3, 1e-5, 1e-1, 1.0, 1e-2]
+    still = {0: 2.301, 1: 2.300, 2: 2.305, 3: 2.331, 4: 2.299}
+    assert boldest_arms(still, rates, 3, 2.3) == [2, 4, 0]  # that at 1.0 has done harm
+    assert boldest_arms({**still, 0: 2.2}, rates, 3, 2.3) == [0, 4, 1]
+    assert boldest_arms(still, rates, 3, math.nan) == [4, 1, 0]  # as always where that is not known
+    assert boldest_arms({0: math.nan, 2: 2.4, 3: 2.5}, rates, 2, 2.3) == [2, 3]  # all harmed: the least
 
 
 @pytest.mark.parametrize(("updates", "largest"), [(None, 0.5), (10, 0.5), (100, 0.2), (1000, 0.02)])
