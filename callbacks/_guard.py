@@ -103,7 +103,7 @@ class Guard:
             self._start = None
         if is_worse and trains_worse:
             return self._go_back(self._start or self._good, loss)
-        if self._start is not None and not learns and loss > self._first - notable(self._first) and self._is_late():
+        if self._start is not None and not learns and loss >= self._first and self._is_late():
             return self._go_back(self._start, loss)
         if (learns or loss < self._first) and not (is_worse and trained > self._best_trained):
             self._good = self._here()

@@ -46,8 +46,8 @@ class HyperGradient(pl.Callback):
     By default, where the run is long enough (about 400 steps) and has one optimizer, the learning rate is found by a
     short race from the initial weights and follows a cosine, unless the user has a scheduler; weight decay starts where
     weights forget within a tenth of the run (SGD and decoupled weight decay); it and whatever else is learned follow
-    hypergradients; a run that blows up is rewound; and the module ends with the best weights that were seen, raw or
-    averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
+    hypergradients; a run that blows up, relapses or stands still is rewound; and the module ends with the best weights
+    that were seen, raw or averaged; see `report`. Elsewhere lr follows hypergradients too, and nothing else happens.
 
     What is learned multiplies what an LR scheduler sets; between steps `optimizer.param_groups` hold the scheduled
     values. A weight decay that is 0 in every param group starts from 1e-5 when it first moves, where it is not placed;
@@ -83,7 +83,8 @@ class HyperGradient(pl.Callback):
         shape: of the learning rate over the run, on top of any schedule; "auto", None or a `Shape`.
         readout: which weights the module ends with; "auto", None or a `Readout`. Checkpoints hold the weights as they
             stand, and what the readout keeps in the callback's state.
-        rewind: what happens when the run blows up; "auto", None or a `Rewind`.
+        rewind: what happens when the run blows up, relapses or stands still; "auto", None or a `Rewind`. Costs a copy
+            of weights and optimizer state, and one more while there is time to begin anew.
         timescale: where weight decay starts, whatever the optimizer says: after the race, or else at once; "auto", None
             or a `Timescale`. With SGD, and with torch's optimizers whose weight decay is decoupled.
         seed: fixes the order of hyper-validation batches and the randomness of their evaluation.

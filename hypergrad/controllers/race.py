@@ -20,6 +20,8 @@ class Race:
     their validation loss, and only the best go on, each from where it stands. The winner is the training: it is not
     begun anew. From a start that is too high nothing is left, for its arm lost and its weights are gone.
 
+    While no arm has learned anything yet, the highest rates that have done no harm go on; see `boldest_arms`.
+
     Before the last rung the best arm is forked: copies of it go on under learning rates between the decades.
 
     Successive halving: Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter

@@ -17,7 +17,8 @@ class Rewind:
     - to have blown up if its validation loss is no number, or above `limit` times the size of the first one plus 3;
     - to have relapsed if the validation loss has lost more than a share of what it had gained, and the training loss is
       above its best as well (where it is not, the run overfits, and going back would not help);
-    - to stand still if neither has gained a notable amount for a while from the start.
+    - to stand still if after a while from the start the validation loss is not below its first value, and the training
+      loss has gained nothing notable.
 
     It then goes back to its last good state, weights, buffers and optimizer state, and on with learning rates that are
     `shrink` times smaller; batches, schedules and step counts go on. What a rate that is too high has done to weights

@@ -79,3 +79,20 @@ def test_tabular_automl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     scores = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines() if "test accuracy" in line]
     assert len(scores) == 3
     assert all(0.85 < score <= 1.0 for score in scores)
+
+
+def test_hard_starts(tmp_path: Path) -> None:
+    """A network that has learned nothing when the race ends is trained all the same."""
+    command = [
+        sys.executable,
+        str(EXAMPLES / "benchmarks/hard_starts.py"),
+        "--seeds",
+        "1",
+        "--task",
+        "five hidden, 500",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, ratio = done.stdout.splitlines()[0].rsplit(maxsplit=1)
+    assert name.strip() == "five hidden, 500 steps"
+    assert float(ratio) < 3.0  # 10 where it is lost
