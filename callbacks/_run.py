@@ -90,6 +90,7 @@ class Run:
         except BaseException:
             self.detach()
             raise
+        self.steps = self._taken()
         self._monitors = Monitors(trainer, self._attachments)
         self.first_values = self.values
 
@@ -203,7 +204,7 @@ class Run:
         self.ledger.training_batches += 1
         for attachment in self._attachments:
             attachment.batch_ended()
-        before, self.steps = self.steps, max((a.steps for a in self._attachments), default=0)
+        before, self.steps = self.steps, self._taken()
         if self._pieces is not None:
             with self.ledger.updates.running():
                 at_checkpoint = self._pieces.batch_ended(self.steps > before, outputs)
@@ -225,6 +226,11 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
+        if self._taken() > self.steps:
+            self._warn_once(
+                "a checkpoint is written before what this step calls for is done, and a run resumed from it will lack "
+                "it; if a callback writes it at the end of a batch, it should stand after HyperGradient in the list"
+            )
         return {
             "version": 1,
             "hyperparameters": self._names,
@@ -260,6 +266,7 @@ class Run:
         progress = zip(self._attachments, state["optimizer_steps"], state["measured_at"], strict=False)
         for attachment, steps, measured_at in progress:
             attachment.steps, attachment.measured_at = steps, measured_at
+        self.steps = self._taken()
         self._stream.load_state_dict(state["stream"])
         monitored, self._predicted, self._foretold = state["diagnostics"]
         self._monitored = [(step, value) for step, value in monitored]
@@ -282,6 +289,10 @@ class Run:
     def _replays(self) -> int:
         """Training gradients that an estimator has taken again."""
         return self._training_loss.evaluations if self._training_loss is not None else 0
+
+    def _taken(self) -> int:
+        """Optimizer steps that have been taken, also in a batch that has not ended."""
+        return max((a.steps for a in self._attachments), default=0)
 
     def _controller(self) -> Controller:
         """A fresh one for every run: the user's, or what suits the plan."""

@@ -56,6 +56,21 @@ def test_from_any_step(tmp_path: Path, step: int, every_n_steps: int) -> None:
     assert whole[3][-1].step == 24 - 24 % every_n_steps
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_callback_that_saves_before_ours_is_done_is_told(tmp_path: Path, first: bool) -> None:
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "mine.ckpt")
+
+    ours = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=2)
+    callbacks = [Saves(), ours] if first else [ours, Saves()]
+    fitted = trainer(tmp_path, callbacks=callbacks, max_epochs=2)
+    told = pytest.warns(UserWarning, match="should stand after HyperGradient") if first else contextlib.nullcontext()
+    with told:
+        fitted.fit(Scheduled(), data(), data(seed=1))
+
+
 def test_from_a_checkpoint_saved_after_the_fit_or_after_an_exception(tmp_path: Path) -> None:
     class Interrupt(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
