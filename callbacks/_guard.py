@@ -111,7 +111,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """The last good state, what has been rewound, and the losses that are looked back at."""
-        scalars = (self._first_trained, self._sum)
+        scalars = (None if t is None else t.clone() for t in (self._first_trained, self._sum))  # it is added to
         return {
             "rewound": [list(pair) for pair in self.rewound],
             "first": self._first,
@@ -143,11 +143,11 @@ class Guard:
 
     def _mean_trained(self) -> tuple[float, float]:
         """The mean training loss since the last checkpoint and the first one, of all ranks; NaN where unknown."""
-        if self._sum is None or self._first_trained is None:
-            return math.nan, math.nan
-        pair = torch.stack([(self._sum / self._summed).float(), self._first_trained.float()])
+        pair = [math.nan if t is None else float(t) for t in (self._sum, self._first_trained)]
+        pair[0] /= max(self._summed, 1)
         self._sum, self._summed = None, 0
-        trained, first = mean(self._trainer, pair).tolist()
+        # Every rank takes part, also one that has nothing to say.
+        trained, first = mean(self._trainer, torch.tensor(pair, dtype=torch.float32)).tolist()
         return trained, first
 
     def _go_back(self, to: _Saved, loss: float) -> bool:
@@ -156,6 +156,7 @@ class Guard:
         to.state.install()
         self._put_values(to.values)
         self._best, self._best_trained = to.best, to.best_trained
+        self._sum, self._summed = None, 0  # losses of what is given up
         self.rewound.append((self._attachment.steps, to.step))
         # Each time from the same state: smaller still.
         again = sum(step == to.step for _, step in self.rewound)

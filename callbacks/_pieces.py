@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hypergrad import (
     Best,
     Cautious,
-    ConfigurationError,
     Descent,
     HypergradError,
     Hyperparameter,
@@ -23,7 +22,7 @@ from hypergrad import (
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan
-from hypergrad.callbacks._race import Heat
+from hypergrad.callbacks._race import Heat, NoScoreError
 from hypergrad.callbacks._readout import Keeper
 from hypergrad.callbacks._timescale import place_decay
 from hypergrad.callbacks._training import StepLoss, TrainingLoss
@@ -236,7 +235,7 @@ class Pieces:
             self._heat.after_step(loss)
         except UnsupportedOptimizerError as error:
             self._cancel(error)
-        except ConfigurationError as error:
+        except NoScoreError as error:
             rank_zero_warn(f"HyperGradient: no race of learning rates: {error}. Training goes on with the one it has.")
             self._give_up()
 

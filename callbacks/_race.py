@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from hypergrad import (
-    ConfigurationError,
+    HypergradError,
     Race,
     TrainingState,
     UnsupportedOptimizerError,
@@ -22,6 +22,10 @@ from hypergrad import (
 )
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._training import StepLoss
+
+
+class NoScoreError(HypergradError):
+    """No arm has a validation loss that is a number, so that none can be chosen."""
 
 
 class Heat:
@@ -196,7 +200,7 @@ class Heat:
             finally:
                 state.exchange()
         if not any(map(math.isfinite, scores.values())):
-            raise ConfigurationError(f"the validation loss is no number for any learning rate, at step {self._step}")
+            raise NoScoreError(f"the validation loss is no number for any learning rate, at step {self._step}")
         self.scores.append({self.rates[arm]: score for arm, score in scores.items()})
         self._means, self._averaged = {}, 0
         kept = boldest_arms(scores, self.rates, keep, self.untrained)

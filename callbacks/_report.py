@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hypergrad import Best
+from hypergrad import Best, has_learned
 from hypergrad.callbacks._history import Update
 
 _LEAST = 5  # fewer numbers say nothing
@@ -144,12 +144,19 @@ def _drift(facts: Facts) -> Iterable[str]:
 
 
 def _verdict(facts: Facts) -> Iterable[str]:
+    untrained = math.nan
     if facts.race is not None:
         rates = list(facts.race["scores"][0]) if facts.race["scores"] else []
+        untrained = facts.race["scores"][0][min(rates)] if rates else math.nan  # hardly anything moves there
         if rates and not min(rates) < facts.race["lr"] < max(rates):
             yield "the best learning rate is at the edge of those that raced: give Race(rates=...) a wider range"
     best = facts.ended_with
-    if best is not None and best.kind and facts.steps and best.step <= facts.steps // 2:
+    if facts.readings and not has_learned(facts.readings[-1][1], untrained):
+        yield (
+            "in the end the network was no better than an untrained one: its learning rate was too high, or learning "
+            "begins later than the race looks; give Race(rates=...) lower rates, or the run more steps"
+        )
+    elif best is not None and best.kind and facts.steps and best.step <= facts.steps // 2:
         yield (
             f"the best weights came at {best.step} of {facts.steps} steps: the run overfits, and a shorter one or more "
             "regularisation would do"
@@ -159,4 +166,4 @@ def _verdict(facts: Facts) -> Iterable[str]:
         if sure is not None and label.partition("/")[0] != "lr" and sure[0] < 0.1 and sure[1] < 0.6:
             yield f"{label} hardly matters here, or its hypergradient is lost in noise"
     if facts.rewound:
-        yield "the run blew up on its way: look at the data and the schedule of around those steps"
+        yield "the run went wrong on its way: look at the data and the schedule around those steps"

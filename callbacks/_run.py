@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hypergrad import (
     Best,
     Cautious,
-    Contraction,
     Controller,
     Descent,
     Frozen,
@@ -32,6 +31,7 @@ from hypergrad.callbacks._history import Update, pack, unpack
 from hypergrad.callbacks._ledger import Ledger
 from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, described, labels_of, measured
 from hypergrad.callbacks._monitors import Monitors
+from hypergrad.callbacks._notices import Notices
 from hypergrad.callbacks._pieces import Pieces
 from hypergrad.callbacks._plan import make_plan
 from hypergrad.callbacks._report import Facts, report, summary
@@ -79,7 +79,7 @@ class Run:
         self._schedule: dict[str, tuple[float, float]] = {}  # by label: the last scheduled value and what was used
         self._names = names_of(settings.of_optimizers) + list(self._modules)
         self._training_loss: TrainingLoss | None = None
-        self._warned: set[str] = set()
+        self._notices = Notices()
         # Every rank draws its own batches; what they measure is averaged.
         self._stream = BatchStream(loader, settings.seed + 1_000_003 * trainer.global_rank)
         self._loss = ValidationLoss(trainer, module, settings.monitor, settings.mode, index, several)
@@ -227,9 +227,10 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
         if self._taken() > self.steps:
-            self._warn_once(
+            self._notices.warn(
+                self.steps,
                 "a checkpoint is written before what this step calls for is done, and a run resumed from it will lack "
-                "it; if a callback writes it at the end of a batch, it should stand after HyperGradient in the list"
+                "it; if a callback writes it at the end of a batch, it should stand after HyperGradient in the list",
             )
         return {
             "version": 1,
@@ -384,7 +385,7 @@ class Run:
             [replace(m, hypergradient=sign * m.hypergradient) for m in measurements], sign * value, tensors
         )
         if outcome.skipped is not None:
-            self._warn_once(outcome.skipped, "nothing is learned from it")
+            self._notices.warn(self.steps, f"{outcome.skipped}, nothing is learned from it")
         return Update(
             step=self.steps,
             val_loss=value,
@@ -393,24 +394,5 @@ class Run:
             cosines={labels[key]: cosine for key, cosine in outcome.cosines.items()},
             signal_to_noise={labels[key]: snr for key, snr in outcome.signal_to_noise.items()},
             skipped=outcome.skipped,
-            status=self._status(contractions),
+            status=self._notices.status(self.steps, contractions),
         )
-
-    def _status(self, contractions: list[Contraction]) -> str | None:
-        """What an estimator has to say about its numbers, also as a warning the first time."""
-        found = [c.status for c in contractions if c.status != "ok"]
-        found += [
-            f"the training losses that were differentiated do not depend on {', '.join(c.unused)} (is it used, without "
-            ".item() or .detach(), in a term that also has parameters?)"
-            for c in contractions
-            if c.unused
-        ]
-        for status in found:
-            self._warn_once(status)
-        return "; ".join(found) or None
-
-    def _warn_once(self, status: str, more: str = "") -> None:
-        kind = status[:30]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            rank_zero_warn(f"HyperGradient at step {self.steps}: {status}{more and f', {more}'}.")

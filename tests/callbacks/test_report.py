@@ -48,8 +48,9 @@ def test_a_run_that_went_well_has_no_advice() -> None:
     [
         ({"race": {"lr": 0.1, "scores": [{1e-3: 2.0, 1e-1: 1.0}]}}, "wider range"),
         ({"ended_with": Best(0.1, "raw", 200)}, "the best weights came at 200 of 700 steps: the run overfits"),
+        ({"readings": [(100, 1.0, 1.1), (700, 1.99, 1.9)]}, "in the end the network was no better than an untrained"),
         ({"history": updates([1.0, -1.0] * 5, 0.01)}, "weight_decay hardly matters here"),
-        ({"rewound": [(300, 200)]}, "the run blew up on its way"),
+        ({"rewound": [(300, 200)]}, "the run went wrong on its way"),
     ],
 )
 def test_advice_follows_from_the_facts(change: dict[str, object], advice: str) -> None:
