@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from hypergrad import Hyperparameter, Rewind, TrainingState, Tuner, notable
 from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._attachment import Attachment
+from hypergrad.callbacks._lightning import unscaled
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ class Guard:
         self._good = self._here()
         self._start: _Saved | None = self._good  # while there is time to begin anew
 
-    def trained(self, outputs: Any) -> None:
-        """Take in the loss of a training batch, if it is in what Lightning's hook is given."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:  # manual optimization may return anything
+    def lost(self, loss: torch.Tensor) -> None:
+        """Take in the loss of a training batch, which may be scaled for float16."""
+        if loss.numel() != 1:  # manual optimization may go back from anything
             return
-        loss = loss.detach().reshape(())
+        loss = unscaled(self._trainer, loss.detach().reshape(()))
         if self._first_trained is None:
             self._first_trained = loss.clone()
         self._sum = loss.clone() if self._sum is None else self._sum.add_(loss)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,6 +23,15 @@ def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, datal
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def unscaled(trainer: pl.Trainer, loss: torch.Tensor) -> torch.Tensor:
+    """The loss that `on_before_backward` is given, without the scale of float16; nothing waits for the device.
+
+    Uses `precision_plugin.scaler`, of which only `MixedPrecision` has one.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Iterable[Any]]:

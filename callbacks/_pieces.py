@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hypergrad import (
@@ -100,17 +101,20 @@ class Pieces:
         if self._training_loss is not None:
             self._training_loss.went_back()
 
-    def batch_ended(self, stepped: bool, outputs: Any) -> bool:
-        """A training batch has been trained on; `stepped` if the optimizer has made a step.
+    def lost(self, loss: torch.Tensor) -> None:
+        """A training loss is about to be differentiated, as Lightning's hook has it."""
+        if self._guard is not None:
+            self._guard.lost(loss)
+
+    def batch_ended(self, stepped: bool) -> bool:
+        """A training batch has been trained on.
 
         Args:
-            outputs: of the batch, as Lightning's hook has them.
+            stepped: whether the optimizer has made a step.
 
         Returns:
             Whether the readout has judged the weights.
         """
-        if self._guard is not None:
-            self._guard.trained(outputs)
         if self._heat is not None:
             if not self._heat.is_over:
                 return False

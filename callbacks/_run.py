@@ -54,9 +54,10 @@ class Run:
     ) -> None:
         self.history: list[Update] = []
         self.steps = 0
+        self._in_batch = False
         self.ledger = Ledger(trainer.strategy.root_device, settings.estimator)
         self.first_values: dict[str, float] = {}
-        self._trainer = trainer
+        self.trainer = trainer
         self._settings = settings
         loader, index, several = hyper_validation_data(trainer, settings)
         self._modules = settings.in_loss(module)
@@ -111,7 +112,7 @@ class Run:
         """The value that the next step uses, by label; the last ones once detached."""
         if self._final_values is not None:
             return dict(self._final_values)
-        labels = labels_of(self._attachments, self._trainer.lightning_module)
+        labels = labels_of(self._attachments, self.trainer.lightning_module)
         values = {labels[key]: value for a in self._attachments for key, value in a.values().items()}
         for name, module in self._modules.items():
             values.update(described(name, module.value, OF_VALUES))
@@ -171,7 +172,7 @@ class Run:
 
     def validated(self) -> None:
         """The Trainer has been through its validation data."""
-        value = self._trainer.callback_metrics.get(self._settings.monitor)
+        value = self.trainer.callback_metrics.get(self._settings.monitor)
         if value is not None and self._settings.val_dataloaders is not None and self.steps:
             self._monitored.append((self.steps, self._settings.sign * float(value)))
 
@@ -182,7 +183,13 @@ class Run:
 
     def batch_started(self) -> None:
         """A training batch begins."""
+        self._in_batch = True
         self.ledger.training.start()
+
+    def lost(self, loss: torch.Tensor) -> None:
+        """A training loss is about to be differentiated, as Lightning's hook has it."""
+        if self._pieces is not None:
+            self._pieces.lost(loss)
 
     def gradients_cleared(self) -> None:
         """The optimizer's gradients are set to zero."""
@@ -198,19 +205,29 @@ class Run:
         if self._pieces is not None:
             self._pieces.went_back()
 
-    def batch_ended(self, outputs: Any) -> None:
-        """A training batch has been trained on; `outputs` are those of Lightning's hook."""
-        self.ledger.training.stop()
-        self.ledger.training_batches += 1
+    @property
+    def is_behind(self) -> bool:
+        """Whether a step has been taken in a batch that has not ended."""
+        return self._taken() > self.steps
+
+    def batch_ended(self) -> bool:
+        """A training batch has been trained on; False if that has been said before, and no step taken since."""
+        if not (self._in_batch or self.is_behind):
+            return False
+        if self._in_batch:
+            self.ledger.training.stop()
+            self.ledger.training_batches += 1
+        self._in_batch = False
         for attachment in self._attachments:
             attachment.batch_ended()
         before, self.steps = self.steps, self._taken()
         if self._pieces is not None:
             with self.ledger.updates.running():
-                at_checkpoint = self._pieces.batch_ended(self.steps > before, outputs)
+                at_checkpoint = self._pieces.batch_ended(self.steps > before)
             if at_checkpoint:
                 self._predicted.append(self._foretold)
                 self._foretold = 0.0
+        return True
 
     def finish(self) -> None:
         """The fit has come to its end: let the readout choose the weights."""
@@ -226,12 +243,6 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
-        if self._taken() > self.steps:
-            self._notices.warn(
-                self.steps,
-                "a checkpoint is written before what this step calls for is done, and a run resumed from it will lack "
-                "it; if a callback writes it at the end of a batch, it should stand after HyperGradient in the list",
-            )
         return {
             "version": 1,
             "hyperparameters": self._names,
@@ -260,7 +271,7 @@ class Run:
                 f"is continued with {tuple(self._names)}: a hyperparameter that is no longer named goes back "
                 "to what the optimizer says."
             )
-        load_trackers(self._attachments, self._settings.estimator, state, self._trainer.strategy.root_device)
+        load_trackers(self._attachments, self._settings.estimator, state, self.trainer.strategy.root_device)
         if self._pieces is not None and state["pieces"] is not None:
             self._pieces.load_state_dict(state["pieces"])  # first, for it may choose the controller
         load_tuner(self._tuner, self._settings, state)
@@ -313,19 +324,19 @@ class Run:
         if plan.steps is None:
             return
         score = Score(self._loss, BatchStream(loader, self._settings.seed + 1), plan.batches)
-        module, attachment = self._trainer.lightning_module, self._attachments[0]
-        self._pieces = Pieces(plan, self._trainer, module, attachment, score, self._tuner, self._modules)
+        module, attachment = self.trainer.lightning_module, self._attachments[0]
+        self._pieces = Pieces(plan, self.trainer, module, attachment, score, self._tuner, self._modules)
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         check_disjoint(optimizers)
         settings = self._settings
         tensors = {name: m.value for name, m in self._modules.items()}
-        steps = self._trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
+        steps = self.trainer.global_step // len(optimizers)  # more than 0 where a plain run is continued
         for i, optimizer in enumerate(optimizers):
             names = settings.of_optimizers
             if names:
                 check_optimizer(optimizer)
-            check_names(optimizer, self._trainer.lightning_module, names, self._modules)
+            check_names(optimizer, self.trainer.lightning_module, names, self._modules)
             implicit = isinstance(settings.estimator, Implicit)
             hyperparameters = resolve(optimizer, names) if names or not (tensors or implicit) else ()
             attachment = Attachment(
@@ -337,9 +348,7 @@ class Run:
             if attachment.tracker.needs_loss:
                 if self._training_loss is None:
                     # Where a minimum lies does not depend on how gradients are changed on their way to it.
-                    self._training_loss = TrainingLoss(
-                        self._trainer, self._trainer.lightning_module, exact=not implicit
-                    )
+                    self._training_loss = TrainingLoss(self.trainer, self.trainer.lightning_module, exact=not implicit)
                 attachment.training_loss = self._training_loss
 
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:
@@ -357,14 +366,14 @@ class Run:
         with self._stream.next() as batch:
             loss, gradients = self._loss.gradient(batch, self._stream.position, params)
         self.ledger.gradients += 1
-        gradients = tuple(g for g in mean_rows(self._trainer, gradients, params) if g is not None)
+        gradients = tuple(g for g in mean_rows(self.trainer, gradients, params) if g is not None)
         by_param = dict(zip(params, gradients, strict=True))
         contractions = [a.tracker.contract(by_param) for a in due]
         self.ledger.products += sum(c.products for c in contractions)
         for attachment in due:
             attachment.measured()
-        value, measurements = measured(self._trainer, loss, due, contractions, self._modules)
-        sign, labels = self._settings.sign, labels_of(self._attachments, self._trainer.lightning_module)
+        value, measurements = measured(self.trainer, loss, due, contractions, self._modules)
+        sign, labels = self._settings.sign, labels_of(self._attachments, self.trainer.lightning_module)
         if self._pieces is not None and self._pieces.saw(sign * value):
             return Update(self.steps, value, self.values, {}, skipped="rewound")
         # To first order a step changes the loss by lr * d(loss)/d(lr); each that is measured stands for several.
@@ -377,7 +386,7 @@ class Run:
         tensors = []
         for name, module in self._modules.items():
             found = sum((c.hypergradients[name] for c in contractions), torch.zeros_like(module.value))
-            found = mean(self._trainer, found)  # where kernels are not deterministic, ranks differ in their last digits
+            found = mean(self.trainer, found)  # where kernels are not deterministic, ranks differ in their last digits
             tensors.append(TensorMeasurement(name, module, sign * found))
             values.update(described(name, module.value, OF_VALUES))
             hypergradients.update(described(name, found, OF_HYPERGRADIENTS))

@@ -160,6 +160,7 @@ class HyperGradient(pl.Callback):
         self._run: Run | None = None
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
+        self._moved = False  # since the progress bar was told
 
     @property
     def hyperparameters(self) -> dict[str, float]:
@@ -243,24 +244,24 @@ class HyperGradient(pl.Callback):
         if self._run is not None:
             self._run.gradients_cleared()
 
+    def on_before_backward(self, *args: Any) -> None:
+        """What a training batch loses is looked back at when the run relapses."""
+        if self._run is not None:
+            self._run.lost(args[-1])
+
     def on_after_backward(self, *_: Any) -> None:
         """The loss of the batch belongs to the coming step."""
         if self._run is not None:
             self._run.went_back()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take the hypergradient of a step that was tracked in this batch."""
         if self._run is None:
             return
-        self._run.batch_ended(outputs)
-        self._tell(trainer)
-        if self._run.is_due:
-            update = self._run.update()
+        self._settle(trainer)
+        if self._moved:
+            self._moved = False
             self._show(trainer, pl_module)
-            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
-                self._logged_at = self._run.steps
-                self._write(trainer, update)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Compare what is tuned on with what is not."""
@@ -288,9 +289,15 @@ class HyperGradient(pl.Callback):
         return {**self.__dict__, "_run": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers."""
+        """Everything needed to continue bit-identically: tensors, numbers and strings in plain containers.
+
+        Where a callback that stands before this one asks for it at the end of a batch, what the batch calls for is done
+        first.
+        """
         if self._run is None:
             return {}
+        if self._run.is_behind:
+            self._settle(self._run.trainer)
         return {"run": self._run.state_dict(), "logged_at": self._logged_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -300,6 +307,19 @@ class HyperGradient(pl.Callback):
     def _detach(self) -> None:
         if self._run is not None:
             self._run.detach()
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Do what the batch calls for, once."""
+        if self._run is None or not self._run.batch_ended():
+            return
+        self._tell(trainer)
+        if self._run.is_due:
+            update = self._run.update()
+            self._moved = True
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
+                self._logged_at = self._run.steps
+                self._write(trainer, update)
 
     def _tell(self, trainer: pl.Trainer) -> None:
         """Log what the pieces have found since the last batch."""

@@ -137,6 +137,16 @@ class Reseed(pl.Callback):
         torch.manual_seed(1000 + trainer.global_step)
 
 
+class Saves(pl.Callback):
+    """Writes a checkpoint in a hook of its own, at every step, and counts on no order of callbacks."""
+
+    def __init__(self, hook: str, folder: Path) -> None:
+        def save(trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(folder / f"{trainer.global_step}.ckpt")
+
+        setattr(self, hook, save)
+
+
 def continuing(checkpoint: Any) -> dict[str, Any]:
     """What `fit` is given to continue from a checkpoint; Lightning has `weights_only` from 2.6 on."""
     if checkpoint is None or "weights_only" not in inspect.signature(pl.Trainer.fit).parameters:

@@ -9,9 +9,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hypergrad.callbacks._lightning import log_scalars, to_device, validation_loaders
+from hypergrad.callbacks._lightning import log_scalars, to_device, unscaled, validation_loaders
 from tests.callbacks.modules import Net, data, trainer
 
 
@@ -49,6 +50,32 @@ def test_named_loaders(tmp_path: Path) -> None:
     looks, val = Looks(), {"a": data(seed=1), "b": data(seed=2)}
     trainer(tmp_path, callbacks=[looks], num_sanity_val_steps=0, max_epochs=1).fit(TwoLoaders(), data(), val)
     assert looks.loaders == list(val.values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("scale", [None, 2.0**20])
+def test_a_loss_before_it_is_differentiated_is_the_one_that_the_batch_ends_with(
+    scale: float | None, accumulate: int
+) -> None:
+    class Compares(pl.Callback):
+        before: torch.Tensor
+        batches = 0
+
+        def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+            self.scaled, self.before = loss.detach(), unscaled(trainer, loss.detach())
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+            assert torch.equal(self.before, outputs["loss"])
+            assert torch.equal(self.scaled, outputs["loss"] * (scale or 1.0))
+            self.batches += 1
+
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    precision = {} if scaler is None else {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    compares = Compares()
+    trainer(None, callbacks=[compares], max_epochs=1, accumulate_grad_batches=accumulate, **precision).fit(
+        Net(), data(), data(seed=1)
+    )
+    assert compares.batches == 6
 
 
 class Shouts(TensorBoardLogger):

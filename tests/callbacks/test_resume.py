@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
-from hypergrad import Descent, Forward, Hold, Readout, Rewind
+from hypergrad import Cosine, Descent, Forward, Hold, Readout, Rewind
 from hypergrad.callbacks import HyperGradient
-from tests.callbacks.modules import Reseed, Resumable, Scheduled, continuing, data, trainer
+from tests.callbacks.modules import Reseed, Resumable, Saves, Scheduled, continuing, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint")
 
@@ -56,19 +56,42 @@ def test_from_any_step(tmp_path: Path, step: int, every_n_steps: int) -> None:
     assert whole[3][-1].step == 24 - 24 % every_n_steps
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_callback_that_saves_before_ours_is_done_is_told(tmp_path: Path, first: bool) -> None:
-    class Saves(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == 8:
-                trainer.save_checkpoint(tmp_path / "mine.ckpt")
+PIECES = {"readout": Readout(checkpoints=6, batches=2), "rewind": Rewind(), "shape": Cosine(), "controller": Descent()}
 
-    ours = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=2)
-    callbacks = [Saves(), ours] if first else [ours, Saves()]
-    fitted = trainer(tmp_path, callbacks=callbacks, max_epochs=2)
-    told = pytest.warns(UserWarning, match="should stand after HyperGradient") if first else contextlib.nullcontext()
-    with told:
-        fitted.fit(Scheduled(), data(), data(seed=1))
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("step", [3, 6, 12, 15])
+@pytest.mark.parametrize("pieces", [{}, PIECES], ids=["plain", "pieces"])
+def test_from_a_checkpoint_of_a_callback_anywhere_in_the_list(
+    tmp_path: Path, step: int, first: bool, pieces: dict[str, Any]
+) -> None:
+    def fit(*, saves: bool = False, resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        module, ours = Scheduled(), HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3, **pieces)
+        savers = [Saves("on_train_batch_end", tmp_path)] if saves else []
+        callbacks = [*savers, ours] if first else [ours, *savers]
+        fitted = trainer(tmp_path, callbacks=[*callbacks, Reseed()], max_epochs=4, num_sanity_val_steps=0)
+        fitted.fit(module, Resumable(), data(seed=1), **continuing(None if resume is None else str(resume)))
+        return (module.state_dict(), fitted.optimizers[0].state_dict()), ours.history, ours.hyperparameters
+
+    tensors, *found = fit()
+    for again in (fit(saves=True), fit(resume=tmp_path / f"{step}.ckpt")):
+        torch.testing.assert_close(again[0], tensors, rtol=0, atol=0)
+        assert list(again[1:]) == found
+    assert found[0][-1].step == 24
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_zero_grad", "on_before_optimizer_step"])
+def test_a_checkpoint_in_the_middle_of_a_batch_changes_nothing(tmp_path: Path, hook: str) -> None:
+    def fit(*savers: pl.Callback) -> Any:
+        torch.manual_seed(0)
+        module, ours = Scheduled(), HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3, **PIECES)
+        trainer(tmp_path, callbacks=[*savers, ours, Reseed()], max_epochs=4).fit(module, Resumable(), data(seed=1))
+        return module.state_dict(), ours.history
+
+    found, expected = fit(Saves(hook, tmp_path)), fit()
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    assert found[1] == expected[1]
 
 
 def test_from_a_checkpoint_saved_after_the_fit_or_after_an_exception(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hypergrad import Readout, Rewind
-from tests.callbacks.modules import Net, data
-from tests.callbacks.one_run import fit, seeded, tuner
+from hypergrad.callbacks import HyperGradient
+from tests.callbacks.modules import Net, Reseed, Resumable, Saves, continuing, data, trainer
+from tests.callbacks.one_run import EPOCHS, fit, seeded, tuner
 
 
 class Explodes(Net):
@@ -64,6 +66,31 @@ def test_a_run_that_relapses_goes_back(at: int, back: int) -> None:
     assert at < start <= at + 18
     assert end == back if back == 0 else back - 18 <= end <= back
     assert callback.hyperparameters["lr"] <= 0.03 / 3 * (1 + 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*The weights are those of step")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["explodes", "forgets late", "forgets early"])
+def test_from_a_checkpoint_right_after_going_back(tmp_path: Path, kind: str, first: bool) -> None:
+    def run(resume: Path | None = None) -> tuple[dict[str, Any], HyperGradient]:
+        module = Explodes() if kind == "explodes" else Forgets(lr=0.03)
+        module.at = 60 if kind == "forgets late" else 30
+        often = {"every_n_steps": 1} if kind == "explodes" else {}
+        callback = tuner(**often, readout=Readout(checkpoints=20), rewind=Rewind())
+        savers = [Saves("on_train_batch_end", tmp_path)] if resume is None else []
+        callbacks = [Reseed(), *savers, callback] if first else [Reseed(), callback, *savers]
+        fitted = trainer(None, callbacks=callbacks, max_epochs=EPOCHS)
+        fitted.fit(seeded(module), Resumable(), data(seed=1), **continuing(resume))
+        return module.state_dict(), callback
+
+    weights, whole = run()
+    at, to = whole.rewound[0]
+    assert (to == 0) == (kind == "forgets early")
+    again, resumed = run(tmp_path / f"{at}.ckpt")
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+    assert resumed.rewound == whole.rewound
+    assert resumed.hyperparameters == whole.hyperparameters
+    assert resumed.ended_with == whole.ended_with
 
 
 def test_a_run_that_overfits_does_not_go_back() -> None:
