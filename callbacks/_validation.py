@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
@@ -19,6 +20,8 @@ from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._batches import BatchStream
 from hypergrad.callbacks._lightning import to_device
 from hypergrad.callbacks._quietly import quietly
+
+USUAL_MONITOR = "val_loss"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ValidationLoss:
     mode: str = "min"
     dataloader_idx: int = 0
     several: bool = False
+    _others: list[str] = field(default_factory=list, init=False)  # keys that are logged where `monitor` is not
 
     def gradient(
         self, batch: Any, batch_idx: int, params: Sequence[torch.Tensor], *, any_of: bool = False
@@ -84,6 +88,12 @@ class ValidationLoss:
         """
         before = [p.detach().clone() for p in self.module.parameters()]
         self.gradient(batch, 0, params, any_of=True)
+        if self._others and self.monitor != USUAL_MONITOR:
+            rank_zero_warn(
+                f"HyperGradient(monitor={self.monitor!r}): {type(self.module).__name__}.validation_step logs "
+                f"{', '.join(map(repr, self._others))} but nothing under that key, so that the loss that it returns is "
+                "tuned on. If that is not meant, name the right key."
+            )
         for (name, p), old in zip(self.module.named_parameters(), before, strict=True):
             if not torch.allclose(p.detach(), old, 0.0, 0.0, equal_nan=True):
                 with torch.no_grad():
@@ -148,6 +158,7 @@ class ValidationLoss:
                     f"{type(self.module).__name__}.validation_step returns a loss but does not log {self.monitor!r}, "
                     f"and mode='max' would make the loss large: log what is to be large under {self.monitor!r}."
                 )
+            self._others[:] = logged if found is None else []
             if found is None or _same_number(found, returned):
                 found = returned
         if not isinstance(found, torch.Tensor) or not found.requires_grad:

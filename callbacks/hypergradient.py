@@ -34,6 +34,7 @@ from hypergrad.callbacks._lightning import log_scalars
 from hypergrad.callbacks._plan import Auto, Wishes
 from hypergrad.callbacks._run import Run
 from hypergrad.callbacks._settings import Name, Settings, as_tuple, check_loader
+from hypergrad.callbacks._validation import USUAL_MONITOR
 
 
 class HyperGradient(pl.Callback):
@@ -100,7 +101,7 @@ class HyperGradient(pl.Callback):
         hyperparameters: Name | Sequence[Name] | None = None,
         *,
         estimator: Estimator | None = None,
-        monitor: str = "val_loss",
+        monitor: str = USUAL_MONITOR,
         mode: Literal["min", "max"] = "min",
         val_dataloaders: Iterable[Any] | None = None,
         every_n_steps: int | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
@@ -31,15 +31,24 @@ def split(
         seed: the same seed gives the same subsets, whatever the global RNG streams do.
 
     Raises:
-        ConfigurationError: for fractions that are not positive or do not sum to 1, labels of another length, or a
-            subset that would be empty.
+        ConfigurationError: for a dataset without a length, fractions that are not positive or do not sum to 1, a
+            negative seed, labels of another length, or a subset that would be empty.
 
     >>> train, hyper, test = split(range(10), (0.6, 0.2, 0.2), stratify="aaaaabbbbb")
     >>> [len(part) for part in (train, hyper, test)]
     [6, 2, 2]
     """
-    size = len(cast(Sized, dataset))
-    shares = [float(f) for f in fractions]
+    if not isinstance(dataset, Sized):
+        raise ConfigurationError(
+            f"`split` needs a dataset of known length, but got {dataset!r}: a stream must be split where it is made."
+        )
+    if seed < 0:
+        raise ConfigurationError(f"`seed` must be an integer of at least 0, but got {seed!r}.")
+    size = len(dataset)
+    try:
+        shares = [float(f) for f in fractions]
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"`fractions` must be numbers such as (0.8, 0.2), but got {fractions!r}.") from None
     if not shares or any(not f > 0.0 for f in shares) or abs(sum(shares) - 1.0) > 1e-6:
         raise ConfigurationError(f"`fractions` must be positive and sum to 1, but got {tuple(fractions)}.")
     labels = _codes(stratify, size)

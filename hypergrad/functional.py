@@ -85,7 +85,7 @@ def hypergradient(
             earlier ones constant; `Forward()` and `Unrolled()` differentiate them all, `Implicit()` the minimum.
 
     Raises:
-        ConfigurationError: for no training loss at all.
+        ConfigurationError: for no training loss at all, or an argument of another kind.
         NotDifferentiableError: for a loss that is no scalar, or that no gradient reaches.
         HyperparameterError, UnsupportedOptimizerError: see `Estimator.track`.
 
@@ -98,8 +98,7 @@ def hypergradient(
     >>> round(result.grads["lr"].item(), 12)  # d/d(lr) of (1 - lr)**2 / 2
     -0.9
     """
-    if not train_losses:
-        raise ConfigurationError("`train_losses` is empty: pass one callable per inner step, `model -> scalar tensor`.")
+    _check_arguments(model, optimizer, train_losses, val_loss, estimator)
     own, modules = split_names(optimizer, model, hyperparameters)
     chosen = estimator or Online()
     # `optimizer` first: its parameters need not be reachable from `model`.
@@ -151,6 +150,26 @@ def hypergradient(
         residual=contraction.residual,
         products=contraction.products,
     )
+
+
+def _check_arguments(
+    model: object, optimizer: object, train_losses: object, val_loss: object, estimator: object
+) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigurationError(f"`model` must be a torch.nn.Module, but got {model!r}.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(f"`optimizer` must be a torch.optim.Optimizer, but got {optimizer!r}.")
+    if not isinstance(train_losses, Sequence) or not all(map(callable, train_losses)):
+        raise ConfigurationError(
+            "`train_losses` must be a sequence of callables `model -> scalar tensor`, one per inner step, such as "
+            f"[loss], but got {train_losses!r}."
+        )
+    if not train_losses:
+        raise ConfigurationError("`train_losses` is empty: pass one callable per inner step, `model -> scalar tensor`.")
+    if not callable(val_loss):
+        raise ConfigurationError(f"`val_loss` must be a callable `model -> scalar tensor`, but got {val_loss!r}.")
+    if not (estimator is None or isinstance(estimator, Estimator)):
+        raise ConfigurationError(f"`estimator` must be an instance, such as Online(), but got {estimator!r}.")
 
 
 def check_names(

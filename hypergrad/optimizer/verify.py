@@ -129,10 +129,23 @@ class _Problem:
         copied = self._parameters_after(None, 0.0)
         self._step(real)
         if not _close(copied, real.param_groups[0]["params"]):
+            ends = [self._end(seed) for seed in (0, 1, 0)]
+            if _close(ends[0], ends[2]) and not _close(ends[0], ends[1]):
+                raise UnsupportedOptimizerError(
+                    f"{self._name} draws random numbers in its step, which is then no function of its hyperparameters. "
+                    "Add the noise to the gradients or to the loss, in training_step, or use another optimizer."
+                )
             raise UnsupportedOptimizerError(
                 f"{self._name} keeps state outside `state[parameter]`, so its step cannot be tried on copies. Keep "
                 "momentum, counters and the like in `self.state[p]`, or use another optimizer."
             )
+
+    def _end(self, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)  # the caller's stream is put back at the end of it all
+        twin = self._warmed_up()
+        self._step(twin)
+        params: list[torch.Tensor] = twin.param_groups[0]["params"]
+        return params
 
     def _check_alone(self, hyperparameter: OptimizerHyperparameter, value: float, where: str) -> None:
         """With several param groups, the hyperparameter of one must not act on the parameters of another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,21 @@ def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
 
         with pytest.raises(ConfigurationError, match=rf"{sharding.__name__} shards or replaces.*strategy='ddp'"):
             HyperGradient().on_train_start(Stub(), Net())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "told"), [("vla_loss", True), ("val_loss", False)], ids=["of one's own", "the usual"]
+)
+def test_a_key_of_ones_own_that_is_not_logged_where_others_are_is_told(monitor: str, told: bool) -> None:
+    expected = (
+        pytest.warns(UserWarning, match=r"monitor='vla_loss'.*logs 'accuracy' but nothing under that key")
+        if told
+        else contextlib.nullcontext()
+    )
+    callback = HyperGradient(monitor=monitor, val_dataloaders=data(seed=2), every_n_steps=5)
+    with expected:
+        trainer(None, callbacks=[callback], max_epochs=1).fit(ReturnsLoss(), data(), data(seed=1))
+    assert len(callback.history) == 1
 
 
 def test_the_monitored_number_is_no_longer_held_out_is_said_once(

@@ -205,6 +205,17 @@ class KeepsStateElsewhere(Momentum):
         return self.elsewhere.setdefault(p, {})
 
 
+class DrawsNoise(Momentum):
+    """As stochastic gradient Langevin dynamics does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(torch.randn_like(p), alpha=1e-3)
+
+
 class CouplesGroups(Momentum):
     def lrs(self) -> list[float]:
         mean = sum(super().lrs()) / len(self.param_groups)
@@ -222,6 +233,7 @@ class ReadsEarly(Momentum):
     ("optimizer", "match"),
     [
         (KeepsStateElsewhere, r"keeps state outside `state\[parameter\]`"),
+        (DrawsNoise, "draws random numbers in its step"),
         (CouplesGroups, "acts on the parameters of another"),
         (ReadsEarly, "before it runs the closure"),
         (Momentum, None),

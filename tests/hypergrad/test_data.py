@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from hypergrad import split
+from hypergrad import ConfigurationError, split
 
 
 def _labels(n: int) -> torch.Tensor:
@@ -58,6 +58,17 @@ def test_the_seed_decides_for_tiny_classes_too() -> None:
 def test_bad_fractions_are_named(fractions: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="sum to 1, but got"):
         split(range(10), fractions)
+
+
+def test_other_arguments_that_cannot_be_meant() -> None:
+    with pytest.raises(ConfigurationError, match=r"must be numbers such as .*but got 0\.5"):
+        split(range(10), 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"must be numbers such as .*but got 'ab'"):
+        split(range(10), "ab")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="known length, but got"):
+        split(iter(range(10)), (0.5, 0.5))  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="at least 0, but got -1"):
+        split(range(10), (0.5, 0.5), seed=-1)
 
 
 def test_a_subset_without_items_and_labels_of_another_length_are_errors() -> None:

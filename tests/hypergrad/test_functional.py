@@ -18,6 +18,7 @@ from hypergrad import (
     HyperparameterError,
     Implicit,
     NotDifferentiableError,
+    Online,
     Schedule,
     Unrolled,
     UnsupportedOptimizerError,
@@ -160,6 +161,30 @@ def test_no_training_loss_and_refused_optimizers() -> None:
         hypergradient(model, torch.optim.SGD(model.parameters(), lr=0.1), [], loss)
     with pytest.raises(UnsupportedOptimizerError, match="LBFGS"):
         hypergradient(model, torch.optim.LBFGS(model.parameters()), [loss], loss, ["lr"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"model": print}, "`model` must be a torch.nn.Module, but got <built-in"),
+        ({"optimizer": "sgd"}, "`optimizer` must be a torch.optim.Optimizer, but got 'sgd'"),
+        ({"train_losses": print}, r"sequence of callables .* such as \[loss\], but got <built-in"),
+        ({"train_losses": [1.0]}, r"sequence of callables .* but got \[1.0\]"),
+        ({"val_loss": 1.0}, r"`val_loss` must be a callable .* but got 1.0"),
+        ({"estimator": Online}, r"must be an instance, such as Online\(\), but got <class"),
+    ],
+)
+def test_arguments_of_another_kind(changed: dict[str, object], match: str) -> None:
+    model = torch.nn.Linear(2, 1)
+    loss = lambda m: m(torch.ones(1, 2)).sum()
+    arguments = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "train_losses": [loss],
+        "val_loss": loss,
+    }
+    with pytest.raises(ConfigurationError, match=match):
+        hypergradient(**{**arguments, **changed})  # type: ignore[arg-type]
 
 
 def test_slopes_are_per_unit_of_the_coordinate() -> None:
