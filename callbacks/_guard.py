@@ -99,9 +99,10 @@ class Guard:
         is_worse = self._rewind.has_relapsed(loss, self._first, self._best)
         trains_worse = not trained <= self._best_trained + notable(first) and math.isfinite(first)
         learns = not self._best_trained >= first - notable(first)
+        unlearns = learns and loss >= self._first and self._rewind.has_relapsed(trained, first, self._best_trained)
         if self._attachment.steps > self._rewind.anew * self._steps:
             self._start = None
-        if is_worse and trains_worse:
+        if (is_worse and trains_worse) or unlearns:
             return self._go_back(self._start or self._good, loss)
         if self._start is not None and not learns and loss >= self._first and self._is_late():
             return self._go_back(self._start, loss)

@@ -16,7 +16,8 @@ class Rewind:
 
     - to have blown up if its validation loss is no number, or above `limit` times the size of the first one plus 3;
     - to have relapsed if the validation loss has lost more than a share of what it had gained, and the training loss is
-      above its best as well (where it is not, the run overfits, and going back would not help);
+      above its best as well (where it is not, the run overfits, and going back would not help); or if it has lost all
+      of it, or never gained anything, and the training loss has lost such a share;
     - to stand still if after a while from the start the validation loss is not below its first value, and the training
       loss has gained nothing notable.
 

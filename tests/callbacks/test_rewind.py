@@ -69,6 +69,22 @@ def test_a_run_that_relapses_goes_back(at: int, back: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*The weights are those of step")
+@pytest.mark.parametrize(("at", "goes_back"), [(30, True), (-1, False)])
+def test_a_run_that_relapses_before_the_validation_loss_has_gained_anything(at: int, goes_back: bool) -> None:
+    class Blind(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + (0 <= at <= self.trainer.global_step)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("val_loss", self.loss(batch) * 0.0 + 1.0)
+
+    callback = tuner(readout=Readout(checkpoints=20), rewind=Rewind())
+    fit(Blind(lr=0.03), callback)
+    assert [to for _, to in callback.rewound] == [0] * goes_back
+    assert all(at < start <= at + 18 for start, _ in callback.rewound)
+
+
+@pytest.mark.filterwarnings("ignore:.*The weights are those of step")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", ["explodes", "forgets late", "forgets early"])
 def test_from_a_checkpoint_right_after_going_back(tmp_path: Path, kind: str, first: bool) -> None:
