@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -114,7 +115,9 @@ class Curvature(ABC):
         return False
 
     @abstractmethod
-    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> AbstractContextManager[Product]:
+    def at(
+        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, products: int | None = None
+    ) -> AbstractContextManager[Product]:
         """The map v -> H v at the inputs as they stand on entry, for use inside the block.
 
         A row of H v that is None is zero because the gradient of the loss does not depend on that input. Inputs and
@@ -125,6 +128,7 @@ class Curvature(ABC):
             inputs: parameters, and tensors of hyperparameters that the loss uses.
             grads: the gradient of the loss with respect to each parameter, as the real step has it; None for a tensor
                 of hyperparameters, and for all of them where it is not known.
+            products: how many will be asked for at most, where that is known: with the last one graphs may go.
 
         Raises:
             NotDifferentiableError: if the loss cannot be differentiated as often as is needed.
@@ -152,9 +156,12 @@ class Exact(Curvature):
         return True
 
     @contextmanager
-    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> Iterator[Product]:
+    def at(
+        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, products: int | None = None
+    ) -> Iterator[Product]:
         """See `Curvature.at`."""
         mean = mean_of(loss)
+        asked = itertools.count(1)
         with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
             gradients = loss.gradients(inputs) if isinstance(loss, TakenStep) else None
             if gradients is None:
@@ -170,6 +177,7 @@ class Exact(Curvature):
                 )
 
             def product(v: Vector) -> list[torch.Tensor | None]:
+                is_last = next(asked) == products
                 rows = [i for i in alive if v[i] is not None]
                 if not rows:
                     return mean([None] * len(inputs), inputs)
@@ -178,7 +186,7 @@ class Exact(Curvature):
                         [alive[i] for i in rows],
                         list(inputs),
                         [v[i] for i in rows],
-                        retain_graph=True,
+                        retain_graph=not is_last,  # what is let go on the way is still in the cache
                         allow_unused=True,
                     )
                 # A row may be a tensor of the graph itself, and would keep it.
@@ -212,7 +220,14 @@ class FiniteDifference(Curvature):
         if self.step is not None and not 0.0 < self.step < 1.0:
             raise ConfigurationError(f"`step` must lie in (0, 1), but got {self.step!r}.")
 
-    def at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> AbstractContextManager[Product]:
+    def at(
+        self,
+        loss: Evaluation,
+        inputs: Sequence[torch.Tensor],
+        grads: Vector,
+        *,
+        products: int | None = None,  # noqa: ARG002
+    ) -> AbstractContextManager[Product]:
         """See `Curvature.at`."""
         return self._at(loss, inputs, grads, dead=True)
 

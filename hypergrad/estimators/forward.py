@@ -289,9 +289,8 @@ class _ForwardTracker(Tracker):
         if isinstance(loss, ClippedLoss):
             raw, clipped = loss.gradients(moving, grads[: len(moving)])
             grads = [*raw, *grads[len(moving) :]]
-        with curvature.at(
-            loss, [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
-        ) as product:
+        inputs, known = [*involved, *self._tensors.values()], [*grads, *[None] * len(self._tensors)]
+        with curvature.at(loss, inputs, known, products=len(self._unused) + len(keys)) as product:
 
             def along(key: _Key) -> dict[torch.Tensor, torch.Tensor]:
                 if key not in asked:

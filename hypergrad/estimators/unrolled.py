@@ -210,7 +210,8 @@ class UnrolledTracker(Tracker):
             known = dict(zip(step.moved, raw, strict=True))
             cotangents = {p: row for p, row in zip(step.moved, rows, strict=True) if row is not None}
         grads = [known.get(p) for p in params]
-        with self._estimator.curvature.at(loss, inputs, [*grads, *[None] * len(self._tensors)]) as product:
+        known_grads = [*grads, *[None] * len(self._tensors)]
+        with self._estimator.curvature.at(loss, inputs, known_grads, products=1) as product:
             rows = product([*(cotangents.get(p) for p in params), *[None] * len(self._tensors)])
         return dict(zip(inputs, rows, strict=True))
 
