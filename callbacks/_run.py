@@ -207,8 +207,8 @@ class Run:
 
     @property
     def is_behind(self) -> bool:
-        """Whether a step has been taken in a batch that has not ended."""
-        return self._taken() > self.steps
+        """Whether a step has been taken in a batch that has not ended, and still can: it does not once detached."""
+        return self._final_values is None and self._taken() > self.steps
 
     def batch_ended(self) -> bool:
         """A training batch has been trained on; False if that has been said before, and no step taken since."""

@@ -81,6 +81,25 @@ def test_from_a_checkpoint_of_a_callback_anywhere_in_the_list(
     assert found[0][-1].step == 24
 
 
+def test_a_checkpoint_after_another_callback_has_failed_measures_nothing(tmp_path: Path) -> None:
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise KeyError("mine")
+
+    ours = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3)
+    fitted = trainer(tmp_path, callbacks=[Fails(), ours], max_epochs=4)
+    with pytest.raises(KeyError, match="mine"):
+        fitted.fit(Scheduled(), Resumable(), data(seed=1))
+    fitted.save_checkpoint(tmp_path / "failed.ckpt")
+    assert [u.step for u in ours.history] == [3]
+    again = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=3)
+    fitted = trainer(tmp_path, callbacks=[again], max_epochs=4)
+    fitted.fit(Scheduled(), Resumable(), data(seed=1), **continuing(str(tmp_path / "failed.ckpt")))
+    assert again.history[0] == ours.history[0]
+    assert len(again.history) > 4
+
+
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_zero_grad", "on_before_optimizer_step"])
 def test_a_checkpoint_in_the_middle_of_a_batch_changes_nothing(tmp_path: Path, hook: str) -> None:
     def fit(*savers: pl.Callback) -> Any:
