@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -59,17 +60,32 @@ def _refuse_reentrant_checkpoints(loss: torch.Tensor) -> None:
 
 def passes_through(tensors: Sequence[torch.Tensor], names: set[str]) -> str | None:
     """The name of a node, one of these, in the graph that leads to any of the tensors; None if there is none."""
-    queue = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    return next((name for name in kinds(tensors).values() if name in names), None)
+
+
+def kinds(tensors: Sequence[torch.Tensor]) -> dict[type, str]:
+    """Every kind of node in the graph that leads to any of the tensors: its class and its name.
+
+    Each of torch's own has a class; those of extensions in C++ share one, and are found under one name.
+    """
+    found: dict[type, str] = {}
+    for node in nodes(tensors):
+        if type(node) not in found:  # to ask a node for its name takes longer than all the rest
+            found[type(node)] = node.name()
+    return found
+
+
+def nodes(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Every node of the graph that leads to any of the tensors, once, in an order that only the graph decides."""
+    queue = list(dict.fromkeys(t.grad_fn for t in tensors if t.grad_fn is not None))
     seen = set(queue)
     while queue:
         node = queue.pop()
-        if node.name() in names:
-            return node.name()
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 queue.append(parent)
-    return None
 
 
 @contextmanager
@@ -83,3 +99,20 @@ def requiring_grad(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for t in asked:
             t.requires_grad_(False)
+
+
+@contextmanager
+def moved(
+    tensors: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], length: torch.Tensor | float
+) -> Iterator[None]:
+    """Inside the block each stands `length` times its direction further, in place; bit for bit as before afterwards."""
+    before = [t.detach().clone() for t in tensors]
+    try:
+        with torch.no_grad():
+            for t, direction in zip(tensors, directions, strict=True):
+                t.addcmul_(direction, torch.as_tensor(length).to(t))
+        yield
+    finally:
+        with torch.no_grad():
+            for t, old in zip(tensors, before, strict=True):
+                t.copy_(old)

@@ -6,16 +6,23 @@ import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hypergrad.autodiff import passes_through, requiring_grad
+from hypergrad.autodiff import kinds, moved, requiring_grad
 from hypergrad.chunks import pieces, pieces_of
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
+from hypergrad.second_derivatives import (
+    has_second_derivative,
+    refusals,
+    refuse_untracked,
+    refuse_wrong,
+    twice_differentiable_kernels,
+    untried,
+)
 
 # Evaluates the training loss of one step at the parameters as they stand: the same batch, randomness and buffers at
 # every call, and no trace left.
@@ -25,24 +32,6 @@ Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
 # The mean over processes of rows, each of the shape of a tensor in the second argument.
 Mean = Callable[[Vector, Sequence[torch.Tensor]], list[torch.Tensor | None]]
-
-# Nodes of kernels that have no second derivative where others that compute the same have one.
-_FUSED = {
-    "ScaledDotProductFlashAttentionForCpuBackward0",
-    "ScaledDotProductFlashAttentionBackward0",
-    "ScaledDotProductEfficientAttentionBackward0",
-    "ScaledDotProductCudnnAttentionBackward0",
-    "ScaledDotProductFusedAttentionOverrideableBackward0",
-    "CudnnRnnBackward0",
-}
-# Nodes through which a gradient flows that is no graph of its inputs.
-_CLOSED = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
-# Nodes that autograd differentiates a second time without a word, and wrongly.
-_WRONG_TWICE = {
-    # Left where a function is differentiable once: autograd goes round it and gives 0.
-    "torch::autograd::Error": "a torch.autograd.Function that is marked once_differentiable",
-    "WeightNormInterfaceBackward0": "torch's fused weight_norm, whose second derivative is wrong",
-}
 
 
 class SharedLoss:
@@ -82,28 +71,46 @@ class TakenStep:
         self._again = again
         self._inputs = set(inputs)
         self._gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self._graph: dict[type, str] = {}
 
     def __call__(self) -> torch.Tensor:
         return self._again()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """As `loss.backward()`, but the gradients keep their graph if they can be differentiated again."""
-        if passes_through([loss], _FUSED | _CLOSED):
-            torch.autograd.backward(loss)
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Using backward.*with create_graph=True")  # it is cut below
-            torch.autograd.backward(loss, create_graph=True)
+    def backward(self, loss: Evaluation) -> None:
+        """As `loss().backward()`, but the gradients keep their graph if they can be differentiated again."""
+        with twice_differentiable_kernels():
+            value = loss()
+            graph = kinds([value])
+            if not has_second_derivative(graph):
+                torch.autograd.backward(value)
+                return
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Using backward.*with create_graph=True")  # it is cut below
+                torch.autograd.backward(value, create_graph=True)
+        self._graph = graph
         for x in self._inputs:
             if x.grad is not None:
                 self._gradients[x] = x.grad
                 x.grad = x.grad.detach()
 
-    def gradients(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...] | None:
-        """The gradient of each input with its graph; None if they, or the graph to some input, are not there."""
+    def gradient(self, inputs: Sequence[torch.Tensor]) -> Gradient | None:
+        """The gradient by each input with its graph; None if they, or the graph to some input, are not there."""
         if not self._gradients or not self._inputs.issuperset(inputs):
             return None
-        return tuple(self._gradients.get(x) for x in inputs)
+        return Gradient([self._gradients.get(x) for x in inputs], self._graph)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient that can be differentiated.
+
+    Args:
+        rows: one per input, with its graph.
+        graph: the kinds of nodes in the graph of the loss.
+    """
+
+    rows: Sequence[torch.Tensor | None]
+    graph: Mapping[type, str]
 
 
 class Curvature(ABC):
@@ -162,37 +169,48 @@ class Exact(Curvature):
         """See `Curvature.at`."""
         mean = mean_of(loss)
         asked = itertools.count(1)
-        with requiring_grad(inputs), _twice_differentiable_kernels(), torch.enable_grad():
-            gradients = loss.gradients(inputs) if isinstance(loss, TakenStep) else None
-            if gradients is None:
-                with _refusals():
-                    gradients = torch.autograd.grad(loss(), list(inputs), create_graph=True, allow_unused=True)
-                check_same(mean([None if g is None else g.detach() for g in gradients], inputs), grads)
+        with requiring_grad(inputs), twice_differentiable_kernels(), torch.enable_grad():
+            gradient = loss.gradient(inputs) if isinstance(loss, TakenStep) else None
+            if gradient is None:
+                gradient = _evaluate(loss, inputs)
+                check_same(mean([None if g is None else g.detach() for g in gradient.rows], inputs), grads)
+            functions = untried(gradient.graph)
+            if functions:
+                refuse_untracked(loss, inputs, functions)
+                gradient = _evaluate(loss, inputs)  # the inputs have been moved, which a graph does not survive
             # A gradient without a graph is a constant: the loss is linear in that input.
-            alive = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
-            wrong = passes_through(list(alive.values()), set(_WRONG_TWICE))
-            if wrong is not None:
-                raise NotDifferentiableError(
-                    f"The training loss goes through {_WRONG_TWICE[wrong]}: use curvature=FiniteDifference()."
-                )
+            alive = _alive(gradient)
+            refuse_wrong(gradient.graph, list(alive.values()))
 
             def product(v: Vector) -> list[torch.Tensor | None]:
                 is_last = next(asked) == products
-                rows = [i for i in alive if v[i] is not None]
-                if not rows:
-                    return mean([None] * len(inputs), inputs)
-                with _refusals():
-                    found = torch.autograd.grad(
-                        [alive[i] for i in rows],
-                        list(inputs),
-                        [v[i] for i in rows],
-                        retain_graph=not is_last,  # what is let go on the way is still in the cache
-                        allow_unused=True,
-                    )
-                # A row may be a tensor of the graph itself, and would keep it.
-                return mean([None if row is None else row.detach() for row in found], inputs)
+                # What is let go on the way is still in the cache.
+                return mean(_product(alive, inputs, v, keep=not is_last), inputs)
 
             yield product
+
+
+def _evaluate(loss: Evaluation, inputs: Sequence[torch.Tensor]) -> Gradient:
+    with refusals():
+        value = loss()
+        return Gradient(torch.autograd.grad(value, list(inputs), create_graph=True, allow_unused=True), kinds([value]))
+
+
+def _alive(gradient: Gradient) -> dict[int, torch.Tensor]:
+    return {i: g for i, g in enumerate(gradient.rows) if g is not None and g.requires_grad}
+
+
+def _product(
+    alive: Mapping[int, torch.Tensor], inputs: Sequence[torch.Tensor], v: Vector, *, keep: bool
+) -> list[torch.Tensor | None]:
+    rows = [i for i in alive if v[i] is not None]
+    if not rows:
+        return [None] * len(inputs)
+    with refusals():
+        gradients, along = [alive[i] for i in rows], [v[i] for i in rows]
+        found = torch.autograd.grad(gradients, list(inputs), along, retain_graph=keep, allow_unused=True)
+    # A row may be a tensor of the graph itself, and would keep it.
+    return [None if row is None else row.detach() for row in found]
 
 
 @dataclass(frozen=True)
@@ -249,28 +267,28 @@ class FiniteDifference(Curvature):
             return mean(found, inputs)
 
         with requiring_grad(inputs), torch.no_grad():
-            here = list(grads) if all(g is not None for g in grads) else gradient()
+            known = list(grads) if all(g is not None for g in grads) else gradient()
             # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
             blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
 
             def product(v: Vector) -> list[torch.Tensor | None]:
                 result: list[torch.Tensor | None] = [None] * len(inputs)
                 for block in blocks:
-                    moved = [i for i in block if v[i] is not None]
-                    if not moved:
+                    rows = [i for i in block if v[i] is not None]
+                    if not rows:
                         continue
-                    directions = [d for d in (v[i] for i in moved) if d is not None]
-                    length = step * (1.0 + _norm([inputs[i] for i in moved])) / (_norm(directions) + 1e-30)
-                    with _moved([inputs[i] for i in moved], directions, length):
+                    here, directions = [inputs[i] for i in rows], [d for d in (v[i] for i in rows) if d is not None]
+                    length = step * (1.0 + _norm(here)) / (_norm(directions) + 1e-30)
+                    with moved(here, directions, length):
                         there = gradient()
-                    for i, (a, b) in enumerate(zip(there, here, strict=True)):
+                    for i, (a, b) in enumerate(zip(there, known, strict=True)):
                         if a is not None and b is not None:
                             # An element whose gradient is exactly 0 stays so: a dead unit, a row of an embedding that
                             # the batch lacks. Adam divides by the root of its second moment, 0, and would make of a
                             # unit that the difference wakes up a tangent of 1 / eps.
                             change = _quotient(a, b, length.to(a), dead)
-                            known = result[i]
-                            result[i] = change if known is None else known + change
+                            other = result[i]
+                            result[i] = change if other is None else other + change
                 return result
 
             yield product
@@ -285,18 +303,6 @@ def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, dead: bool
             alive = y.sign()  # its square is 0 where y is, and 1 elsewhere; a mask would take three times as long
             target.mul_(alive).mul_(alive)
     return result
-
-
-@contextmanager
-def _moved(inputs: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], length: torch.Tensor) -> Iterator[None]:
-    before = [x.detach().clone() for x in inputs]
-    try:
-        for x, direction in zip(inputs, directions, strict=True):
-            x.addcmul_(direction, length.to(x))
-        yield
-    finally:
-        for x, old in zip(inputs, before, strict=True):
-            x.copy_(old)
 
 
 @torch.no_grad()
@@ -322,23 +328,3 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     norms = torch.stack([torch.linalg.vector_norm(t.detach()).float() for t in tensors])
     norm: torch.Tensor = torch.linalg.vector_norm(norms)
     return norm
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("not implemented", "double backward", "create_graph=False")):
-            raise
-        raise NotDifferentiableError(
-            f"The training loss cannot be differentiated twice ({str(error).splitlines()[0]}): use "
-            "curvature=FiniteDifference()."
-        ) from error
-
-
-@contextmanager
-def _twice_differentiable_kernels() -> Iterator[None]:
-    # Fused attention has no double backward, and neither have cuDNN's recurrent kernels.
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-        yield

@@ -246,7 +246,7 @@ def _take(
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         taken = again = TakenStep(again, [*params, *tensors])
         with requiring_grad(tensors):
-            taken.backward(_scalar(loss(model), "train_losses"))
+            taken.backward(lambda: _scalar(loss(model), "train_losses"))
             tracker.before_step(taken)
         for t in tensors:
             t.grad = None

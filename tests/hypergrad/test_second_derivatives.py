@@ -1,0 +1,190 @@
+"""Functions in Python whose backward autograd cannot follow are refused by `Exact`; others are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, one_hot
+
+from hypergrad import (
+    CG,
+    Curvature,
+    Estimator,
+    Exact,
+    FiniteDifference,
+    Forward,
+    Hyperparameter,
+    Implicit,
+    NotDifferentiableError,
+    Unrolled,
+    hypergradient,
+    second_derivatives,
+)
+
+TARGETS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1])
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    second_derivatives._passed.clear()
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy whose gradient is computed in forward, as fused losses do."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        p = z.softmax(-1)
+        ctx.save_for_backward((p - one_hot(TARGETS, 3)) / len(TARGETS))
+        return -p.gather(1, TARGETS[:, None]).log().mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return g * ctx.saved_tensors[0]
+
+
+class OnceLoss(FusedLoss):
+    """The same from what was saved, but marked: autograd drops the graph without a word, for g is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(z)
+        return cross_entropy(z, TARGETS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        return g * (z.softmax(-1) - one_hot(TARGETS, 3)) / len(TARGETS)
+
+
+class RightLoss(OnceLoss):
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        return g * (z.softmax(-1) - one_hot(TARGETS, 3)) / len(TARGETS)
+
+
+class Kernel(torch.autograd.Function):
+    """Linear, and blind to the graph of the gradient that it is given, as a kernel is that only sees memory."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        return 2.0 * z
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return 2.0 * g.detach()
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return -g
+
+
+class Units(torch.autograd.Function):
+    """A ReLU that keeps its mask: its second derivative is 0 where it has one."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        ctx.mask = (z > 0).to(z)
+        return z * ctx.mask
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return g * ctx.mask
+
+
+def _loss(function: type[torch.autograd.Function]) -> Any:
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        z = model(x)
+        if function in (FusedLoss, OnceLoss, RightLoss):
+            return function.apply(z)
+        return cross_entropy(function.apply(z), TARGETS)
+
+    return loss
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def _lr(function: type[torch.autograd.Function], estimator: Estimator) -> float:
+    model, loss = _model(), _loss(function)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return hypergradient(model, optimizer, [loss] * 6, loss, ["lr"], estimator).grads["lr"].item()
+
+
+def _difference(function: type[torch.autograd.Function]) -> float:
+    def ends_at(lr: float) -> float:
+        model, loss = _model(), _loss(function)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        return float(loss(model).item())
+
+    return (ends_at(0.1 + 1e-5) - ends_at(0.1 - 1e-5)) / 2e-5
+
+
+@pytest.mark.parametrize("estimator", [Forward(), Unrolled()], ids=["forward", "unrolled"])
+@pytest.mark.parametrize("function", [FusedLoss, OnceLoss, Kernel])
+def test_a_function_that_autograd_cannot_follow_is_refused(
+    function: type[torch.autograd.Function], estimator: Estimator
+) -> None:
+    for _ in range(2):  # once refused, it is not trusted the next time
+        with pytest.raises(NotDifferentiableError, match=rf"goes through {function.__name__}.*FiniteDifference\(\)"):
+            _lr(function, estimator)
+
+
+@pytest.mark.parametrize("function", [FusedLoss, OnceLoss, Kernel])
+def test_the_way_out_that_it_names_is_right(function: type[torch.autograd.Function]) -> None:
+    found = _lr(function, Forward(curvature=FiniteDifference()))
+    assert found == pytest.approx(_difference(function), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [Forward(), Unrolled()], ids=["forward", "unrolled"])
+@pytest.mark.parametrize("function", [RightLoss, Units])
+def test_a_function_that_it_can_follow_is_differentiated(
+    function: type[torch.autograd.Function], estimator: Estimator
+) -> None:
+    assert _lr(function, estimator) == pytest.approx(_difference(function), rel=1e-6)
+
+
+def test_what_was_moved_is_put_back_and_draws_no_random_number() -> None:
+    model, loss = _model(), _loss(RightLoss)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = torch.get_rng_state()
+    hypergradient(model, optimizer, [loss] * 2, loss, ["lr"], Forward())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference()], ids=["exact", "difference"])
+def test_implicit_differentiation_refuses_it_too(curvature: Curvature) -> None:
+    model, val = _model(), _loss(FusedLoss)
+    model.register_module("penalty", penalty := Hyperparameter(0.1).double())
+    weights = [p for p in model.parameters() if p.requires_grad]
+    net = model[:3]
+    train = lambda m: val(net) + m.penalty() * sum(p.square().sum() for p in weights)
+    optimizer, estimator = torch.optim.SGD(weights, lr=0.1), Implicit(CG(), damping=1.0, curvature=curvature)
+    if curvature == Exact():
+        with pytest.raises(NotDifferentiableError, match="goes through FusedLoss"):
+            hypergradient(model, optimizer, [train], lambda _: val(net), [penalty], estimator)
+    else:
+        found = hypergradient(model, optimizer, [train], lambda _: val(net), [penalty], estimator)
+        assert found.grads["penalty"].item() != 0.0
