@@ -16,8 +16,10 @@ from hypergrad.autodiff import kinds, moved, requiring_grad
 from hypergrad.chunks import pieces, pieces_of
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
 from hypergrad.second_derivatives import (
+    Mean,
     has_second_derivative,
     refusals,
+    refuse_other_gradients,
     refuse_untracked,
     refuse_wrong,
     twice_differentiable_kernels,
@@ -30,8 +32,6 @@ Evaluation = Callable[[], torch.Tensor]
 # One entry per input, in its shape; None stands for zero.
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
-# The mean over processes of rows, each of the shape of a tensor in the second argument.
-Mean = Callable[[Vector, Sequence[torch.Tensor]], list[torch.Tensor | None]]
 
 
 class SharedLoss:
@@ -147,6 +147,17 @@ class Curvature(ABC):
         """The same where a gradient of 0 says nothing about the curvature."""
         return self.at(loss, inputs, grads)
 
+    def check(self, loss: Evaluation, grads: Mapping[torch.Tensor, torch.Tensor]) -> None:  # noqa: B027
+        """Called once for a run, before its first step is taken: refuse what products would get wrong.
+
+        Args:
+            loss: evaluates the training loss of the step.
+            grads: the gradient that the step takes, by parameter.
+
+        Raises:
+            NotDifferentiableError: if they would.
+        """
+
 
 @dataclass(frozen=True)
 class Exact(Curvature):
@@ -161,6 +172,11 @@ class Exact(Curvature):
     def uses_graph(self) -> bool:
         """Whether the graph of a `TakenStep` saves it an evaluation."""
         return True
+
+    def check(self, loss: Evaluation, grads: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Refuse a step whose gradient is not the derivative of its loss."""
+        with twice_differentiable_kernels():
+            refuse_other_gradients(loss, list(grads), list(grads.values()), mean_of(loss))
 
     @contextmanager
     def at(

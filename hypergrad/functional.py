@@ -43,8 +43,8 @@ class HypergradientResult(Generic[ModelT]):
         cosines: the cosine between the validation gradient and d(parameters)/d(value): in [-1, 1], free of scale.
             Near 0 the hyperparameter hardly matters for this loss, or the gradients are mostly noise. Only where the
             estimator goes forwards.
-        gradient_evaluations: losses evaluated with their gradient: one per inner step, those that the estimator needs
-            beside them, and one for the validation loss.
+        gradient_evaluations: losses evaluated, nearly all with their gradient: one per inner step, those that the
+            estimator needs beside them, and one for the validation loss.
         products: Hessian-vector products: of `Exact` about two gradients each on top, of `FiniteDifference` among them.
         status: `"ok"`, or what is wrong with the numbers and what to do about it.
         residual: of `Implicit`: the relative residual of its linear system.

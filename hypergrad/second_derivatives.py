@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad.autodiff import moved, nodes, passes_through
 from hypergrad.errors import NotDifferentiableError
+from hypergrad.torch_internals import without_gradient_hooks
+
+# The mean over processes of rows, each of the shape of a tensor in the second argument.
+Mean = Callable[[Sequence[torch.Tensor | None], Sequence[torch.Tensor]], list[torch.Tensor | None]]
 
 # Nodes of kernels that have no second derivative where others that compute the same have one.
 _FUSED = {
@@ -108,6 +113,77 @@ def refuse_untracked(loss: Callable[[], torch.Tensor], inputs: Sequence[torch.Te
             "ctx.save_for_backward has kept."
         )
     _passed.update(functions)
+
+
+def refuse_other_gradients(
+    loss: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], mean: Mean
+) -> None:
+    """Refuse a step whose gradient is not the derivative of its loss: where that depends on what was detached.
+
+    Autograd takes for constant what is detached, the second time as the first: a target that the same network
+    computes, a weight made of losses. The gradient of a step does depend on it. So does the loss, by which it is found
+    out: on a short way along the gradient it must change by the gradient's norm per unit of length. Two evaluations;
+    where they say otherwise, the gradient is taken anew without hooks on parameters, and the loss has to say it at four
+    lengths, far from rounding: else it passes.
+
+    Args:
+        loss: evaluates the training loss.
+        inputs: what it is differentiated by, moved for a while.
+        grads: the gradient that the step takes; clipped ones are taken anew.
+        mean: the mean over processes.
+
+    Raises:
+        NotDifferentiableError: if the gradient is another.
+    """
+    if not inputs:
+        return
+    length = max(torch.finfo(x.dtype).eps for x in inputs) ** 0.5 * (1.0 + _norm(inputs))
+    size = _norm(grads)
+    if size == 0.0 or not math.isfinite(size):
+        return
+    if abs(_slope(loss, inputs, grads, length, mean) - size) <= 0.02 * size:
+        return
+    with without_gradient_hooks(inputs), torch.enable_grad():
+        value = loss()
+        own = torch.autograd.grad(value, list(inputs), allow_unused=True, materialize_grads=True)
+    grads = [g if m is None else m for g, m in zip(own, mean(own, inputs), strict=True)]
+    size = _norm(grads)
+    if size == 0.0 or not math.isfinite(size):
+        return
+    slopes = [_slope(loss, inputs, grads, times * length, mean) for times in (1.0, 1.7, 2.9, 5.0)]
+    # What the loss does on a way so short that it should stay; by luck it does, and then its last digits count.
+    rounding = abs(_slope(loss, inputs, [_noise(x) for x in inputs], 1e-4 * length, mean)) * 1e-4
+    rounding += torch.finfo(value.dtype).eps * abs(float(value.detach())) / length
+    doubt = 5.0 * (max(slopes) - min(slopes)) + 50.0 * rounding
+    if abs(slopes[0] - size) > max(doubt, 0.05 * abs(slopes[0]), 0.05 * size):
+        raise NotDifferentiableError(
+            "The gradient of a training step is not the derivative of its loss: along it the loss changes by "
+            f"{slopes[0]:.3g} per unit of length, where a derivative would say {size:.3g}. The loss depends on the "
+            "parameters through something detached (a target or a weight that the same network computes), or through a "
+            "Function whose backward is not its derivative (straight-through, reversed). Second derivatives would lack "
+            "it: use curvature=FiniteDifference(), which takes the gradient as it is."
+        )
+
+
+def _slope(
+    loss: Callable[[], torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    directions: Sequence[torch.Tensor],
+    length: float,
+    mean: Mean,
+) -> float:
+    """How fast the loss changes along a direction, over twice a length, divided by the length of that."""
+    unit, found = length / max(_norm(directions), 1e-30), []
+    for way in (unit, -unit):
+        with moved(inputs, directions, way), torch.enable_grad():
+            found.append(loss().detach())
+    change = found[0] - found[1]
+    (averaged,) = mean([change], [change])
+    return float(change if averaged is None else averaged) / (2.0 * length)
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t.detach())) for t in tensors))
 
 
 def _carried(

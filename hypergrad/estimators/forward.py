@@ -25,7 +25,7 @@ from hypergrad.estimators.base import (
 )
 from hypergrad.hyperparameter import OptimizerHyperparameter
 from hypergrad.optimizer.closed_forms import carried
-from hypergrad.optimizer.packets import stepped_params
+from hypergrad.optimizer.packets import gradient_of, stepped_params
 from hypergrad.optimizer.step import Direction, StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
 from hypergrad.schedule import Schedule
@@ -158,6 +158,9 @@ class _ForwardTracker(Tracker):
                     {**{p: t for p, t in before.params.items() if p not in moving}, **after.params},
                     {**{p: t for p, t in before.state.items() if p not in moving}, **after.state},
                 )
+        curvature = self._estimator.curvature
+        if self._steps == 0 and loss is not None and curvature is not None and self._estimator.decay > 0.0:
+            curvature.check(loss, {p: gradient_of(p) for p in moving})
         self._steps += 1
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError, HyperparameterError
 from hypergrad.estimators.base import Contraction, Estimator, Learned, Tensors, Tracker, wide
-from hypergrad.optimizer.packets import stepped_params
+from hypergrad.optimizer.packets import gradient_of, stepped_params
 from hypergrad.solvers import CG, Solver
 
 
@@ -111,8 +111,10 @@ class _ImplicitTracker(Tracker):
     def before_step(self, loss: Evaluation | None = None) -> None:
         if loss is None:
             raise HypergradError("Implicit needs the training loss of each step: call before_step(loss).")
-        self._losses.append(loss)
         self._moved = [p for group in self._optimizer.param_groups for p in stepped_params(group)]
+        if not self._losses:
+            self._estimator.curvature.check(loss, {p: gradient_of(p) for p in self._moved})
+        self._losses.append(loss)
 
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
         if not self._losses:

@@ -24,6 +24,7 @@ from hypergrad.estimators.base import (
     wide,
 )
 from hypergrad.hyperparameter import OptimizerHyperparameter
+from hypergrad.optimizer.packets import gradient_of, stepped_params
 from hypergrad.optimizer.recorded import RecordedStep
 from hypergrad.optimizer.step import StateVector, check_optimizer
 from hypergrad.optimizer.verify import verify
@@ -134,6 +135,8 @@ class UnrolledTracker(Tracker):
         if loss is None and self.needs_loss:
             raise HypergradError("Unrolled needs the training loss of each step: call before_step(loss).")
         groups = self._optimizer.param_groups
+        if loss is not None and self._count == 0 and self._estimator.steps != 1:
+            self._estimator.curvature.check(loss, {p: gradient_of(p) for g in groups for p in stepped_params(g)})
         own = [plain(h) for h in self._hyperparameters]
         values = {(i, h): h.read(group) for h in own for i, group in enumerate(groups)}
         then = {name: t.detach().clone() for name, t in self._tensors.items()}

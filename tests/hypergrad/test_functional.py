@@ -212,10 +212,10 @@ def test_the_cost_is_told() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for names, estimator, products, evaluations in (
         (["lr"], None, 0, 4),
-        (["lr", "weight_decay"], Forward(), 2 * 2, 4),  # the first step has no past; on the graph of the real steps
+        (["lr", "weight_decay"], Forward(), 2 * 2, 4 + 2),  # the first step has no past; on the graph of the real steps
         (["lr", "weight_decay"], Forward(curvature=FiniteDifference()), 2 * 2, 4 + 2 * 2),
-        (["lr", "weight_decay", model.l2], Unrolled(), 3, 4 + 3),
-        ([model.l2], Implicit(CG(iterations=4, tolerance=0.0), damping=10.0), 4 + 1, 4 + 1),
+        (["lr", "weight_decay", model.l2], Unrolled(), 3, 4 + 2 + 3),
+        ([model.l2], Implicit(CG(iterations=4, tolerance=0.0), damping=10.0), 4 + 1, 4 + 2 + 1),
     ):
         result = hypergradient(model, optimizer, [loss] * 3, loss, names, estimator)
         assert (result.products, result.gradient_evaluations) == (products, evaluations)

@@ -1,4 +1,4 @@
-"""Functions in Python whose backward autograd cannot follow are refused by `Exact`; others are left alone."""
+"""What autograd differentiates wrongly a second time is refused by `Exact`; the rest is left alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from hypergrad import (
     Hyperparameter,
     Implicit,
     NotDifferentiableError,
+    Online,
     Unrolled,
     hypergradient,
     second_derivatives,
 )
 
 TARGETS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1])
+NOISE = torch.randn(8, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+INPUT = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +108,8 @@ class Units(torch.autograd.Function):
 
 
 def _loss(function: type[torch.autograd.Function]) -> Any:
-    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
     def loss(model: nn.Module) -> torch.Tensor:
-        z = model(x)
+        z = model(INPUT)
         if function in (FusedLoss, OnceLoss, RightLoss):
             return function.apply(z)
         return cross_entropy(function.apply(z), TARGETS)
@@ -162,6 +163,102 @@ def test_a_function_that_it_can_follow_is_differentiated(
     function: type[torch.autograd.Function], estimator: Estimator
 ) -> None:
     assert _lr(function, estimator) == pytest.approx(_difference(function), rel=1e-6)
+
+
+def own_target(model: nn.Module) -> torch.Tensor:
+    """Two views, one of them a target, as in learning without negatives."""
+    one, other = model(INPUT), model(INPUT + 0.3 * NOISE)
+    return (one - other.detach()).square().mean() + (one.square().mean() - 1).square()
+
+
+def balanced(model: nn.Module) -> torch.Tensor:
+    """Two losses, each divided by its own size."""
+    one, other = model(INPUT).square().mean(), (model(NOISE) - 1).square().mean()
+    return one / one.detach() + other / other.detach()
+
+
+def turned_round(model: nn.Module) -> torch.Tensor:
+    return cross_entropy(Reversed.apply(model[:2](INPUT)) @ model[2].weight.T, TARGETS)
+
+
+def honest(model: nn.Module) -> torch.Tensor:
+    return cross_entropy(model(INPUT), TARGETS)
+
+
+@pytest.mark.parametrize("estimator", [Forward(), Unrolled()], ids=["forward", "unrolled"])
+@pytest.mark.parametrize("loss", [own_target, balanced, turned_round])
+def test_a_gradient_that_is_no_derivative_of_its_loss_is_refused(loss: Any, estimator: Estimator) -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(NotDifferentiableError, match=r"not the derivative of its loss.*FiniteDifference\(\)"):
+        hypergradient(model, optimizer, [loss] * 3, honest, ["lr"], estimator)
+
+
+@pytest.mark.parametrize("loss", [own_target, balanced, turned_round])
+def test_a_difference_takes_such_a_gradient_as_it_is(loss: Any) -> None:
+    def run(lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = _model()
+        return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+    def ends_at(lr: float) -> float:
+        model, optimizer = run(lr)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        return float(honest(model).item())
+
+    model, optimizer = run(0.02)
+    found = hypergradient(model, optimizer, [loss] * 6, honest, ["lr"], Forward(curvature=FiniteDifference(1e-8)))
+    expected = (ends_at(0.02 + 1e-6) - ends_at(0.02 - 1e-6)) / 2e-6
+    assert found.grads["lr"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [Online(), Unrolled(steps=1), Forward(decay=0.0)], ids=["online", "one", "fades"])
+def test_one_step_with_a_hyperparameter_in_such_a_loss_needs_no_hessian(estimator: Estimator) -> None:
+    def run(weight: float) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = _model()
+        model.register_module("weight", Hyperparameter(torch.tensor(weight, dtype=torch.float64)))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        return model, optimizer, lambda m: own_target(m[:3]) + m.weight() * honest(m[:3])
+
+    def ends_at(weight: float) -> float:
+        model, optimizer, loss = run(weight)
+        loss(model).backward()
+        optimizer.step()
+        return float(honest(model[:3]).item())
+
+    model, optimizer, loss = run(0.5)
+    found = hypergradient(model, optimizer, [loss], lambda m: honest(m[:3]), [model.weight], estimator)
+    expected = (ends_at(0.5 + 1e-5) - ends_at(0.5 - 1e-5)) / 2e-5
+    assert found.grads["weight"].item() == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_hook_that_changes_a_gradient_of_a_parameter_is_no_reason() -> None:
+    model = _model()
+    model[0].weight.register_hook(lambda g: 3.0 * g)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hypergradient(model, optimizer, [honest] * 3, honest, ["lr"], Forward())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "rounded"])
+def test_rounding_is_no_reason(kind: str) -> None:
+    """Losses of few digits, or that go in steps: whether their gradient is right cannot be seen, and they pass."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    x, y = torch.randn(128, 20), torch.randint(0, 10, (128,))
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bfloat16"):
+            value = cross_entropy(m(x), y)
+        return value if kind != "rounded" else value + ((value * 1e3).round() / 1e3 - value).detach()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        hypergradient(model, optimizer, [loss] * 2, loss, ["lr"], Forward())
 
 
 def test_what_was_moved_is_put_back_and_draws_no_random_number() -> None:
