@@ -166,6 +166,10 @@ class Exact(Curvature):
     Costs about two gradients per direction, and one more where the graph of the step's own is not there. Attention and
     recurrent layers are evaluated by kernels that can be differentiated twice; compiled modules cannot, and take
     `FiniteDifference`.
+
+    Autograd differentiates some losses wrongly a second time and does not say so. What can be found out is refused: at
+    the start of a run a gradient that is not the derivative of its loss, since that depends on what was detached, and
+    a `torch.autograd.Function` whose backward is no graph of what it depends on when it is met first.
     """
 
     @property
