@@ -153,7 +153,7 @@ def refuse_other_gradients(
     slopes = [_slope(loss, inputs, grads, times * length, mean) for times in (1.0, 1.7, 2.9, 5.0)]
     # What the loss does on a way so short that it should stay; by luck it does, and then its last digits count.
     rounding = abs(_slope(loss, inputs, [_noise(x) for x in inputs], 1e-4 * length, mean)) * 1e-4
-    rounding += torch.finfo(value.dtype).eps * abs(float(value.detach())) / length
+    rounding += torch.finfo(value.dtype).eps * abs(_averaged(value.detach(), mean)) / length
     doubt = 5.0 * (max(slopes) - min(slopes)) + 50.0 * rounding
     if abs(slopes[0] - size) > max(doubt, 0.05 * abs(slopes[0]), 0.05 * size):
         raise NotDifferentiableError(
@@ -177,9 +177,13 @@ def _slope(
     for way in (unit, -unit):
         with moved(inputs, directions, way), torch.enable_grad():
             found.append(loss().detach())
-    change = found[0] - found[1]
-    (averaged,) = mean([change], [change])
-    return float(change if averaged is None else averaged) / (2.0 * length)
+    return _averaged(found[0] - found[1], mean) / (2.0 * length)
+
+
+def _averaged(number: torch.Tensor, mean: Mean) -> float:
+    # All processes decide alike.
+    (found,) = mean([number], [number])
+    return float(number if found is None else found)
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:

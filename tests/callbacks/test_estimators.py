@@ -330,3 +330,37 @@ def test_a_bad_linear_system_is_reported(tmp_path: Path) -> None:
         fit(Regularized(), callback, tmp_path)
     assert "conjugate gradients" in (callback.history[0].status or "")
     assert isinstance(Implicit().curvature, Exact)
+
+
+class OwnTarget(Net):
+    """The network is its own target, detached; two param groups and a schedule."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, _ = batch
+        one, other = self.net(x), self.net(x + 0.3)
+        return (one - other.detach()).square().mean() + (one.square().mean() - 1).square()
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 0.005}]
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+@pytest.mark.parametrize("estimator", [Forward(), Unrolled(2)], ids=["forward", "unrolled"])
+def test_a_detached_target_is_refused_before_a_step_is_taken(
+    tmp_path: Path, estimator: Estimator, options: dict[str, Any]
+) -> None:
+    module = OwnTarget()
+    before = [p.detach().clone() for p in module.parameters()]
+    callback = HyperGradient("lr", estimator=estimator, controller=Hold(), every_n_steps=4)
+    with pytest.raises(NotDifferentiableError, match=r"not the derivative of its loss.*FiniteDifference\(\)"):
+        fit(module, callback, tmp_path, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+def test_an_honest_loss_is_not_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = HyperGradient("lr", estimator=Forward(), controller=Hold(), every_n_steps=3)
+    fit(Net("SGD", lr=0.1, momentum=0.9), callback, tmp_path, **options)
+    assert callback.history

@@ -165,6 +165,15 @@ def test_a_function_that_it_can_follow_is_differentiated(
     assert _lr(function, estimator) == pytest.approx(_difference(function), rel=1e-6)
 
 
+def test_fused_weight_norm_is_refused() -> None:
+    direction = nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    size = nn.Parameter(torch.ones(3, 1, dtype=torch.float64))
+    loss = lambda _: cross_entropy(INPUT @ torch._weight_norm(direction, size, 0).T, TARGETS)
+    optimizer = torch.optim.SGD([direction, size], lr=0.1)
+    with pytest.raises(NotDifferentiableError, match=r"fused weight_norm.*FiniteDifference\(\)"):
+        hypergradient(nn.Module(), optimizer, [loss] * 2, loss, ["lr"], Forward())
+
+
 def own_target(model: nn.Module) -> torch.Tensor:
     """Two views, one of them a target, as in learning without negatives."""
     one, other = model(INPUT), model(INPUT + 0.3 * NOISE)

@@ -187,10 +187,8 @@ def test_the_cost_does_not_depend_on_the_number_of_hyperparameters(double: None)
     for names in (["lr"], ["lr", "betas[0]", "betas[1]", "eps", model.weights]):
         result = hypergradient(model, optimizer, [loss] * 5, loss, names, Unrolled())
         evaluations.append(result.gradient_evaluations)
-    assert evaluations == [
-        5 + 2 + 4 + 1,
-        5 + 2 + 5 + 1,
-    ]  # the first gradient matters to hyperparameters in the loss only
+    # Two looks at the loss; and the first gradient matters to hyperparameters in the loss only.
+    assert evaluations == [5 + 2 + 4 + 1, 5 + 2 + 5 + 1]
 
 
 def test_third_party_steps_that_cannot_be_recorded_are_refused() -> None:
