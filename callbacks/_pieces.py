@@ -12,8 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hypergrad import (
     Best,
-    Cautious,
-    Descent,
     HypergradError,
     Hyperparameter,
     Readout,
@@ -22,7 +20,7 @@ from hypergrad import (
 )
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
-from hypergrad.callbacks._plan import Plan
+from hypergrad.callbacks._plan import Plan, without_race
 from hypergrad.callbacks._race import Heat, NoScoreError
 from hypergrad.callbacks._readout import Keeper
 from hypergrad.callbacks._timescale import place_decay
@@ -251,7 +249,7 @@ class Pieces:
         self._give_up()
 
     def _give_up(self) -> None:
-        self._tuner.controller = Cautious(Descent())
+        self._tuner.controller = without_race()
         self._attachment.shape = None
         self._end_race()
 

@@ -11,7 +11,19 @@ import lightning.pytorch as pl
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind, Shape, Timescale
+from hypergrad import (
+    Cautious,
+    ConfigurationError,
+    Controller,
+    Cosine,
+    Descent,
+    Frozen,
+    Race,
+    Readout,
+    Rewind,
+    Shape,
+    Timescale,
+)
 from hypergrad.callbacks._timescale import why_no_timescale
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
@@ -64,6 +76,19 @@ class Plan:
         if self.steps is None:
             return None
         return int((self.steps - _length(self.race, self.steps)) / self.every_n_steps)
+
+    def controller(self) -> Controller:
+        """How hypergradients move what they measure, where the user does not say."""
+        if self.race is None:
+            return without_race()
+        # Where weight decay starts near its place, it has less far to go, and noise carries it less far away.
+        pace = {} if self.timescale is None else {"weight_decay": 0.2}
+        return Frozen(Descent(2.0, travel=100.0, pace=pace), ("lr",))
+
+
+def without_race() -> Controller:
+    """The controller of a run whose learning rate is found by nothing else."""
+    return Cautious(Descent())
 
 
 def make_plan(

@@ -13,10 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hypergrad import (
     Best,
-    Cautious,
-    Controller,
-    Descent,
-    Frozen,
     Implicit,
     TensorMeasurement,
     Tuner,
@@ -27,6 +23,7 @@ from hypergrad import (
 from hypergrad.callbacks._agreement import fewest, mean, mean_rows
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._batches import BatchStream
+from hypergrad.callbacks._diagnostics import Diagnostics
 from hypergrad.callbacks._history import Update, pack, unpack
 from hypergrad.callbacks._ledger import Ledger
 from hypergrad.callbacks._measuring import OF_HYPERGRADIENTS, OF_VALUES, described, labels_of, measured
@@ -69,11 +66,11 @@ class Run:
             available=fewest(trainer, batches_of(loader)),
             continues=continues,
         )
-        self._tuner = Tuner(self._controller())
+        # A fresh one for every run: the user's, or what suits the plan.
+        own = settings.controller
+        self._tuner = Tuner(self.plan.controller() if own is None else copy.deepcopy(own))
         self._pieces: Pieces | None = None
-        self._monitored: list[tuple[int, float]] = []
-        self._predicted: list[float] = []
-        self._foretold = 0.0
+        self._diagnostics = Diagnostics()
         self._attachments: list[Attachment] = []
         self._monitors: Monitors | None = None
         self._final_values: dict[str, float] | None = None
@@ -157,8 +154,8 @@ class Run:
                 history=self.history,
                 race=self.race,
                 readings=self._pieces.readings if self._pieces is not None else [],
-                predicted=self._predicted,
-                monitored=self._monitored,
+                predicted=self._diagnostics.predicted,
+                monitored=self._diagnostics.monitored,
                 ended_with=self.ended_with,
                 rewound=self.rewound,
                 cost=self.cost,
@@ -174,7 +171,7 @@ class Run:
         """The Trainer has been through its validation data."""
         value = self.trainer.callback_metrics.get(self._settings.monitor)
         if value is not None and self._settings.val_dataloaders is not None and self.steps:
-            self._monitored.append((self.steps, self._settings.sign * float(value)))
+            self._diagnostics.monitored.append((self.steps, self._settings.sign * float(value)))
 
     @property
     def is_due(self) -> bool:
@@ -225,8 +222,7 @@ class Run:
             with self.ledger.updates.running():
                 at_checkpoint = self._pieces.batch_ended(self.steps > before)
             if at_checkpoint:
-                self._predicted.append(self._foretold)
-                self._foretold = 0.0
+                self._diagnostics.checkpoint()
         return True
 
     def finish(self) -> None:
@@ -259,7 +255,7 @@ class Run:
             "first_values": dict(self.first_values),
             "ledger": self.ledger.state_dict(),
             "replays": self._replays,
-            "diagnostics": [list(map(list, self._monitored)), list(self._predicted), self._foretold],
+            "diagnostics": self._diagnostics.state_dict(),
             "pieces": None if self._pieces is None else self._pieces.state_dict(),
         }
 
@@ -280,8 +276,7 @@ class Run:
             attachment.steps, attachment.measured_at = steps, measured_at
         self.steps = self._taken()
         self._stream.load_state_dict(state["stream"])
-        monitored, self._predicted, self._foretold = state["diagnostics"]
-        self._monitored = [(step, value) for step, value in monitored]
+        self._diagnostics.load_state_dict(state["diagnostics"])
         self.history = unpack(state["history"])
         self.first_values = dict(state["first_values"])
         self.ledger.load_state_dict(state["ledger"])
@@ -305,16 +300,6 @@ class Run:
     def _taken(self) -> int:
         """Optimizer steps that have been taken, also in a batch that has not ended."""
         return max((a.steps for a in self._attachments), default=0)
-
-    def _controller(self) -> Controller:
-        """A fresh one for every run: the user's, or what suits the plan."""
-        if self._settings.controller is not None:
-            return copy.deepcopy(self._settings.controller)
-        if self.plan.race is None:
-            return Cautious(Descent())
-        # Where weight decay starts near its place, it has less far to go, and noise carries it less far away.
-        pace = {} if self.plan.timescale is None else {"weight_decay": 0.2}
-        return Frozen(Descent(2.0, travel=100.0, pace=pace), ("lr",))
 
     def _add_pieces(self, loader: Iterable[Any]) -> None:
         plan = self.plan
@@ -377,9 +362,8 @@ class Run:
         if self._pieces is not None and self._pieces.saw(sign * value):
             return Update(self.steps, value, self.values, {}, skipped="rewound")
         # To first order a step changes the loss by lr * d(loss)/d(lr); each that is measured stands for several.
-        self._foretold += self.plan.every_n_steps * sum(
-            sign * m.value * m.hypergradient for m in measurements if m.hyperparameter.name == "lr"
-        )
+        of_lr = sum(sign * m.value * m.hypergradient for m in measurements if m.hyperparameter.name == "lr")
+        self._diagnostics.foretell(self.plan.every_n_steps * of_lr)
         self._schedule.update({labels[m.key]: (m.scheduled, m.value) for m in measurements})
         values = {labels[m.key]: m.value for m in measurements}
         hypergradients = {labels[m.key]: m.hypergradient for m in measurements}

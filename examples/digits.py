@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hypergrad import split
 from hypergrad.callbacks import HyperGradient
 
-EPOCHS, BATCH, TRIALS, SPLITS, ROOT = 60, 64, 12, 2, "runs/digits"
+EPOCHS, BATCH, TRIALS, SPLITS, ROOT = 60, 64, 12, 4, "runs/digits"
 COLUMNS = "test_loss", "test_accuracy", "gradients", "seconds"
 QUIET = {"devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 

@@ -32,7 +32,8 @@ def split(
 
     Raises:
         ConfigurationError: for a dataset without a length, fractions that are not positive or do not sum to 1, a
-            negative seed, labels of another length, or a subset that would be empty.
+            seed that is no integer of at least 0, labels of another length or that are none, or a subset that would be
+            empty.
 
     >>> train, hyper, test = split(range(10), (0.6, 0.2, 0.2), stratify="aaaaabbbbb")
     >>> [len(part) for part in (train, hyper, test)]
@@ -42,7 +43,7 @@ def split(
         raise ConfigurationError(
             f"`split` needs a dataset of known length, but got {dataset!r}: a stream must be split where it is made."
         )
-    if seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ConfigurationError(f"`seed` must be an integer of at least 0, but got {seed!r}.")
     size = len(dataset)
     try:
@@ -69,10 +70,15 @@ def split(
 def _codes(stratify: Iterable[object] | None, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     if stratify is None:
         return np.zeros(size, dtype=np.int64)
-    labels = [getattr(label, "item", lambda label=label: label)() for label in stratify]
+    try:
+        labels = [getattr(label, "item", lambda label=label: label)() for label in stratify]
+        codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"`stratify` must be a sequence of labels, one hashable value per item, but got {stratify!r}: {error}."
+        ) from None
     if len(labels) != size:
         raise ConfigurationError(f"`stratify` needs one label per item: {size}, but got {len(labels)}.")
-    codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
     return np.array([codes[label] for label in labels], dtype=np.int64)
 
 

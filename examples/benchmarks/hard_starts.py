@@ -10,6 +10,7 @@ Run: `.venv/bin/python examples/benchmarks/hard_starts.py --seeds 3` (about 15 m
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import math
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: by task)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`|log_every_n_steps).*")
@@ -79,6 +81,7 @@ def main() -> None:
     ours = next(m for m in METHODS if m.name == "ours")
     everything = []
     for task in (t for t in TASKS if t.name.startswith(arguments.task)):
+        task = dataclasses.replace(task, steps=arguments.steps or task.steps)
         ratios = []
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             best = min(at(task, seed, lr) for lr in RATES[task.optimizer])

@@ -241,12 +241,12 @@ def fit(task: Task, every_n_steps: int | None, train: Any, device: str, budget: 
     trainer.fit(task.module(task.net()), DataLoader(train, task.batch_size, shuffle=True, drop_last=True))
 
 
-def fit_demo(data: Any, folder: str, every_n_steps: int | None, train: Any, budget: float) -> None:
+def fit_demo(data: Any, every_n_steps: int | None, train: Any, folder: str, epochs: int, budget: float) -> None:
     """The run of `examples/digits.py` from its hopeless learning rate."""
     torch.set_flush_denormal(True)  # as there; for the calling thread only
     own = DataLoader(data[1], digits.BATCH)
     trainer = L.Trainer(
-        max_epochs=digits.EPOCHS,
+        max_epochs=epochs,
         accelerator="cpu",
         callbacks=callbacks(own, every_n_steps, budget),
         logger=TensorBoardLogger(folder, default_hp_metric=False),
@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--floor", action="store_true", help="measure also how little it could be")
     parser.add_argument("--task", default="", help="only tasks whose name starts with this")
     parser.add_argument("--steps", type=int, help="steps of each fit but the demo's (default: by task)")
+    parser.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of the demo")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`).*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -317,9 +318,10 @@ def main() -> None:
 
     if not cuda and "demo".startswith(arguments.task):
         data = digits.load()
-        steps = digits.EPOCHS * -(-len(data[0]) // digits.BATCH)
+        steps = arguments.epochs * -(-len(data[0]) // digits.BATCH)
         with tempfile.TemporaryDirectory() as folder:
-            measure("demo", steps, lambda n, train: fit_demo(data, folder, n, train, arguments.budget), data[0])
+            options = folder, arguments.epochs, arguments.budget
+            measure("demo", steps, lambda n, train: fit_demo(data, n, train, *options), data[0])
     for task in (t for t in tasks(cuda) if t.name.startswith(arguments.task)):
         if arguments.steps:
             task = replace(task, steps=arguments.steps)

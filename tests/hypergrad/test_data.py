@@ -69,6 +69,14 @@ def test_other_arguments_that_cannot_be_meant() -> None:
         split(iter(range(10)), (0.5, 0.5))  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="at least 0, but got -1"):
         split(range(10), (0.5, 0.5), seed=-1)
+    with pytest.raises(ConfigurationError, match="an integer of at least 0, but got 'a'"):
+        split(range(10), (0.5, 0.5), seed="a")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="a sequence of labels, one hashable value per item, but got 5"):
+        split(range(10), (0.5, 0.5), stratify=5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="one hashable value per item"):
+        split(range(10), (0.5, 0.5), stratify=[[0], [1]] * 5)
+    with pytest.raises(ConfigurationError, match="one hashable value per item"):
+        split(range(10), (0.5, 0.5), stratify=torch.zeros(10, 3))
 
 
 def test_a_subset_without_items_and_labels_of_another_length_are_errors() -> None:
