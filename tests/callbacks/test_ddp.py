@@ -52,9 +52,17 @@ from tests.callbacks.modules import Net, data, trainer
 
 rank, folder, found = int(os.environ.get("LOCAL_RANK", 0)), sys.argv[1], {}
 
-def fit(name, *callbacks, **options):
+class Forgets(Net):
+    at = -1
+
+    def on_train_batch_end(self, *_):  # its weights are as at first again
+        if self.trainer.global_step == self.at:
+            self.load_state_dict(self.first)
+
+def fit(name, *callbacks, at=-1, **options):
     torch.manual_seed(0)
-    module, train = Net(), data(64).dataset
+    module, train = Forgets(lr=0.03 if at > 0 else 0.01), data(64).dataset
+    module.at, module.first = at, {name: t.clone() for name, t in module.state_dict().items()}
     val = DataLoader(data(48 if rank == 0 else 80, seed=5 + rank).dataset, 16)  # three batches here and five there
     settings = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, **options}
     fitted = trainer(folder, callbacks=list(callbacks), **settings)
@@ -84,6 +92,10 @@ for estimator in (Forward(), Unrolled(3)):
 raced = HyperGradient(race=Race(rates=(1e-3, 0.1), rungs=((0.1, 2), (0.3, 1)), forks=(), least=1))
 fit("race", raced, max_epochs=8)
 found["race"]["values"] = [raced.race["lr"], raced.hyperparameters]
+for at in (30, 60):  # of 120 steps; after 48 it is too late to begin anew
+    back = HyperGradient("lr", readout=Readout(checkpoints=20, batches=2), rewind=Rewind(), controller=Hold())
+    fit(f"relapse at {at}", back, at=at, max_epochs=60)
+    found[f"relapse at {at}"]["rewound"] = back.rewound
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 """
 
@@ -102,6 +114,10 @@ def test_ranks_with_validation_shards_of_different_lengths_decide_alike(tmp_path
     assert "is better than stopping_threshold" in first["stopped"]["reason"]
     assert first["readout"]["best"][0].startswith("Best(")
     assert first["race"]["values"][0] in (1e-3, 1e-2, 0.1)
+    for at, begins in ((30, range(1)), (60, range(42, 61))):
+        start, end = first[f"relapse at {at}"]["rewound"][0]
+        assert at < start <= at + 18
+        assert end in begins
 
 
 @pytest.mark.slow
