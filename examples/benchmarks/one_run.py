@@ -7,7 +7,8 @@
 Every result is a line of JSON in `--out`. Losses are those of test data that nothing saw, and the report gives them
 relative to *rs50*, the best by hold-out loss of 50 random settings of lr and weight decay, each a full run with a
 cosine decay (or the task's own schedule). Cost is counted in gradients, in those of one plain training. *Readout*: not
-the last weights but the best of 20 checkpoints, raw or averaged over a tenth of the run, by hold-out loss.
+the last weights but the best of 20 checkpoints, raw or averaged over a tenth of the run, by hold-out loss. *Again*: the
+setting that rs50 chose, trained anew from other initial weights, for the best of fifty runs is lucky, too.
 Half of the tasks are for confirmation only: see `one_run/tasks.py`. To try a candidate, write a function of task and
 seed that returns a callback: `--methods ours --callback module:function --label my-candidate`.
 """
@@ -24,13 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from one_run.competitors import METHODS, Method, ours_from
+from one_run.competitors import METHODS, Method, NotYetError, again_from, ours_from
 from one_run.harness import Result
-from one_run.ranges import STARTS, TRIALS
-from one_run.report import Report, plot
+from one_run.ranges import REPEATS, STARTS, TRIALS
+from one_run.report import Report, plot, size_of_search
 from one_run.tasks import TASKS, Task
 
 Job = tuple[Task, int, Method, float]
+AGAIN = "again"
 QUICK = ("digits-mlp-adamw", "label-noise", "irrelevant-features")
 
 
@@ -54,6 +56,11 @@ def load(path: Path) -> list[Result]:
     return list(results.values())
 
 
+def everything(arguments: argparse.Namespace) -> list[Result]:
+    """What is in `--out` and in the files of `--also`."""
+    return [r for path in (arguments.out, *arguments.also) for r in load(path)]
+
+
 def methods(arguments: argparse.Namespace) -> list[Method]:
     """Those asked for; prints a line for each that is not installed."""
     found = []
@@ -69,12 +76,16 @@ def methods(arguments: argparse.Namespace) -> list[Method]:
             found.append(Method(label, ours_from(label, make), method.starts))
         else:
             found.append(method)
+    if AGAIN in arguments.methods:
+        run = again_from(lambda: everything(arguments), size_of_search(arguments.trials))
+        found.append(Method(AGAIN, run, "repeats"))
     return found
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     """By seed, then by method: a file that is not complete yet has all tasks of the first seeds."""
     starts = {"once": [0.0], "lr": arguments.starts, "trials": range(arguments.trials)}
+    starts["repeats"] = range(1, REPEATS + 1)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for method in methods(arguments):
             for task in TASKS:
@@ -93,7 +104,11 @@ def run(arguments: argparse.Namespace) -> None:
     for i, (task, seed, method, start) in enumerate(jobs(arguments)):
         if i % parts != part or key(task.name, task.steps, method.name, seed, start) in done:
             continue
-        result = method.run(task, seed, start)
+        try:
+            result = method.run(task, seed, start)
+        except NotYetError as reason:
+            print(f"{method.name}: {reason}; run it again later")
+            continue
         with arguments.out.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
         if arguments.verbose:
@@ -105,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file of results (default: runs/one_run.jsonl)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th run, from the I-th")
     parser.add_argument("--tasks", nargs="+", help="names, or 'development' or 'confirmation'")
-    parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*(m.name for m in METHODS), AGAIN])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--starts", type=float, nargs="+", default=list(STARTS), help="initial lr")
@@ -116,7 +131,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three tasks, short runs, few trials, one seed")
     parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw test loss against cost and run nothing")
-    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="FILE", help="more results to report on")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], metavar="FILE", help="more results to report and build on"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for each run")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -131,7 +148,7 @@ def parse() -> argparse.Namespace:
     }
     if unknown := arguments.tasks - set(names):
         parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    arguments.methods = arguments.methods or [m.name for m in METHODS]
+    arguments.methods = arguments.methods or [*(m.name for m in METHODS), AGAIN]
     return arguments
 
 
@@ -142,9 +159,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if not (arguments.report or arguments.plot):
         run(arguments)
-    everything = [r for path in (arguments.out, *arguments.also) for r in load(path)]
     steps = {t.name: arguments.steps or t.steps for t in TASKS if t.name in arguments.tasks}
-    results = [r for r in everything if r.steps == steps.get(r.task)]
+    results = [r for r in everything(arguments) if r.steps == steps.get(r.task)]
     if arguments.report or arguments.quick:
         print(Report(results, arguments.trials))
     if arguments.plot:

@@ -60,6 +60,29 @@ def test_runs_resumes_and_reports(command: Callable[..., Path], capsys: pytest.C
     assert len(out.read_text().splitlines()) == len(lines) + 1  # reports run nothing
 
 
+def test_what_the_search_chose_is_trained_again(
+    command: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tasks", "teacher", "--steps", "20", "--methods"]
+    out = command(*options, "again")
+    assert not out.exists()
+    assert "teacher of seed 0 has 0 random trials of 8; run it again later" in capsys.readouterr().out
+    command(*options, "random", "again")
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    trials, again = results[:8], results[8:]
+    chosen = min(trials, key=lambda r: r["hold"])
+    assert [r["method"] for r in again] == ["again"] * 3
+    assert all(r["cost"] == 9.0 for r in again)
+    competitors: Any = __import__("one_run.competitors", fromlist=["at"])
+    alike = competitors.at(
+        "x", _task("teacher", 20), 0, 0.0, **{k: chosen["settings"][k] for k in ("lr", "weight_decay")}
+    )
+    assert alike.test == chosen["test"]
+    assert len({chosen["test"], *(r["test"] for r in again)}) == 4
+    command(*options, "random", "again", "--report")
+    assert "| again | 9.00 |" in capsys.readouterr().out
+
+
 def test_plots(command: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = ["--tasks", "teacher", "--steps", "20", "--methods", "random"]

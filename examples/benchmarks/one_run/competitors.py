@@ -6,6 +6,7 @@ own have the task's, or else a cosine to 0.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import time
@@ -54,6 +55,36 @@ def at(method: str, task: Task, seed: int, start: float, lr: float, weight_decay
 def random(task: Task, seed: int, start: float) -> Result:
     """Trial number `start` of the random search; the report takes the best of the first 8, 16 and 50."""
     return at("random", task, seed, start, *draw(task, seed, int(start)))
+
+
+class NotYetError(Exception):
+    """What a method builds on has not been run."""
+
+
+def again_from(results: Callable[[], list[Result]], trials: int) -> Run:
+    """What the random search chose, trained once more from other initial weights: its setting, without its luck.
+
+    Args:
+        results: so far.
+        trials: of the search that is meant.
+
+    Raises:
+        NotYetError: while the search is not complete.
+    """
+
+    def run(task: Task, seed: int, start: float) -> Result:
+        of_search = ("random", task.name, seed, task.steps)
+        found = [r for r in results() if (r.method, r.task, r.seed, r.steps) == of_search and r.start < trials]
+        if len(found) < trials:
+            raise NotYetError(f"{task.name} of seed {seed} has {len(found)} random trials of {trials}")
+        chosen = min(found, key=lambda r: r.hold).settings
+        Module.spent = 0.0
+        module = task.module(seed + 1000 * int(start), chosen["lr"], chosen["weight_decay"])
+        optimizer = own_optimizer(module)
+        result = trained("again", task, seed, start, module, optimizer, scheduled(optimizer, task))
+        return dataclasses.replace(result, cost=result.cost + sum(r.cost for r in found))
+
+    return run
 
 
 def default(task: Task, seed: int, start: float) -> Result:
@@ -117,13 +148,13 @@ class Method:
         name: what its results are called.
         run: one run of it.
         starts: what the third argument of `run` goes over: "once" for nothing, "lr" for the initial lr, "trials" for
-            the numbers of the random search's trials.
+            the numbers of the random search's trials, "repeats" for those of what it chose.
         package: what has to be installed for it.
     """
 
     name: str
     run: Run
-    starts: Literal["once", "lr", "trials"] = "once"
+    starts: Literal["once", "lr", "trials", "repeats"] = "once"
     package: str | None = None
 
     @property

@@ -18,6 +18,11 @@ READOUT = " + readout"
 HALVES = {"confirmation": True, "development": False}
 
 
+def size_of_search(trials: int) -> int:
+    """Trials of the random search that others are relative to, where there are so many."""
+    return max(size for size in SEARCHES if size <= trials)
+
+
 @dataclass(frozen=True)
 class Score:
     """A method's outcome from one start, and what it cost in plain trainings. Losses are those on the test set."""
@@ -86,7 +91,7 @@ class Report:
 
     def __init__(self, results: list[Result], trials: int) -> None:
         found = scores(results)
-        self.name = f"rs{max(size for size in SEARCHES if size <= trials)}"
+        self.name = f"rs{size_of_search(trials)}"
         reference = {(s.task, s.seed): s.loss for s in found if s.method == self.name}
         tasks = {t.name: t for t in TASKS}
         self.initial = {
