@@ -61,7 +61,11 @@ def test_benchmarks_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), *BENCHMARKS[name]])
-    runpy.run_path(str(path), run_name="__main__")
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1
     if name == "hard_starts.py":  # what it finds differs from processor to processor: these networks are chaotic
