@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence, Sized
 from typing import TypeVar
 
@@ -75,7 +76,8 @@ def _codes(stratify: Iterable[object] | None, size: int) -> np.ndarray[tuple[int
         codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"`stratify` must be a sequence of labels, one hashable value per item, but got {stratify!r}: {error}."
+            f"`stratify` must be a sequence of labels, one hashable value per item, but got "
+            f"{reprlib.repr(stratify)}: {error}."
         ) from None
     if len(labels) != size:
         raise ConfigurationError(f"`stratify` needs one label per item: {size}, but got {len(labels)}.")

@@ -43,10 +43,12 @@ def draw(task: Task, seed: int, trial: int) -> tuple[float, float]:
     return between(*LR, u), between(*WEIGHT_DECAY[task.optimizer], v)
 
 
-def at(method: str, task: Task, seed: int, start: float, lr: float, weight_decay: float) -> Result:
-    """The task's optimizer at these settings."""
+def at(
+    method: str, task: Task, seed: int, start: float, lr: float, weight_decay: float, *, weights: int | None = None
+) -> Result:
+    """The task's optimizer at these settings; `weights` is another seed for the initial ones."""
     Module.spent = 0.0
-    module = task.module(seed, lr, weight_decay)
+    module = task.module(seed if weights is None else weights, lr, weight_decay)
     optimizer = own_optimizer(module)
     decay = scheduled(optimizer, task)
     return trained(method, task, seed, start, module, optimizer, decay, lr=lr, weight_decay=weight_decay)
@@ -78,10 +80,8 @@ def again_from(results: Callable[[], list[Result]], trials: int) -> Run:
         if len(found) < trials:
             raise NotYetError(f"{task.name} of seed {seed} has {len(found)} random trials of {trials}")
         chosen = min(found, key=lambda r: r.hold).settings
-        Module.spent = 0.0
-        module = task.module(seed + 1000 * int(start), chosen["lr"], chosen["weight_decay"])
-        optimizer = own_optimizer(module)
-        result = trained("again", task, seed, start, module, optimizer, scheduled(optimizer, task))
+        setting = chosen["lr"], chosen["weight_decay"]
+        result = at("again", task, seed, start, *setting, weights=seed + 1000 * int(start))
         return dataclasses.replace(result, cost=result.cost + sum(r.cost for r in found))
 
     return run
