@@ -15,6 +15,7 @@ from hypergrad import Hyperparameter, Rewind, TrainingState, Tuner, notable
 from hypergrad.callbacks._agreement import mean
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._lightning import unscaled
+from hypergrad.callbacks._placement import beside
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,16 @@ class Guard:
         return True
 
     def _read(self, saved: dict[str, Any]) -> _Saved:
-        state = TrainingState(self._module, self._attachment.optimizer)
+        state = self._state()
         state.load_state_dict(saved["state"])
         return _Saved(**{**saved, "state": state})
 
     def _here(self) -> _Saved:
-        state = TrainingState(self._module, self._attachment.optimizer)
-        return _Saved(self._attachment.steps, state, self._values(), self._best, self._best_trained)
+        return _Saved(self._attachment.steps, self._state(), self._values(), self._best, self._best_trained)
+
+    def _state(self) -> TrainingState:
+        """A copy of where the training stands, on the host: it is seldom gone back to."""
+        return TrainingState(self._module, self._attachment.optimizer, beside(self._module.device))
 
     def _values(self) -> dict[str, Any]:
         tensors = {name: h.value.detach().clone() for name, h in self._learned.items()}

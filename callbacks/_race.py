@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from hypergrad import (
     HypergradError,
@@ -16,11 +17,13 @@ from hypergrad import (
     TrainingState,
     UnsupportedOptimizerError,
     boldest_arms,
+    exchange_tensors,
     has_learned,
     live_tensors,
     write_tensors,
 )
 from hypergrad.callbacks._attachment import Attachment
+from hypergrad.callbacks._placement import beside, room
 from hypergrad.callbacks._training import StepLoss
 
 
@@ -39,6 +42,8 @@ class Heat:
         steps: of the whole run.
         attachment: of the only optimizer.
         score: the validation loss of the module as it stands.
+
+    Arms that stand by do so on the host until a step has shown that the device has room for them.
     """
 
     def __init__(
@@ -59,7 +64,9 @@ class Heat:
         self.live = 0
         self._ends, self._forks = race.ends(steps), race.forks
         self._standing = list(range(len(self.rates)))
-        self._states = {arm: TrainingState(module, attachment.optimizer) for arm in self._standing[1:]}
+        self._on = beside(module.device)
+        self._is_placed = False
+        self._states = {arm: self._here() for arm in self._standing[1:]}
         self._means: dict[int, dict[str, torch.Tensor]] = {}
         self._averaged = 0
         self._first_loss = math.nan
@@ -88,6 +95,8 @@ class Heat:
             UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
         """
         self._step += 1
+        if not self._is_placed:
+            self._place()
         if loss is not None:
             self._averaged += 1
             self._add_to_mean(self.live)
@@ -133,13 +142,38 @@ class Heat:
         self._standing = list(state["standing"])
         self._states = {}
         for arm, saved in state["states"].items():
-            self._states[arm] = TrainingState(self._module, self._attachment.optimizer)
+            self._states[arm] = self._here()
             self._states[arm].load_state_dict(saved)
         live = live_tensors(self._module)
-        self._means = {arm: {n: t.to(live[n].device) for n, t in mean.items()} for arm, mean in state["means"].items()}
+        self._means = {
+            arm: {n: t.to(self._on or live[n].device) for n, t in mean.items()} for arm, mean in state["means"].items()
+        }
         self._averaged, self._first_loss, self._step = state["numbers"]
         self._losses = dict(state["losses"])
         self.untrained = state.get("untrained", math.nan)  # older versions did not know it
+
+    def _here(self) -> TrainingState:
+        return TrainingState(self._module, self._attachment.optimizer, self._on)
+
+    def _place(self) -> None:
+        """Take the arms that stand by to the device, if that leaves half of its room."""
+        self._is_placed = True
+        device = self._module.device
+        weights = sum(t.nbytes for t in live_tensors(self._module).values())
+        entries = [v for state in self._attachment.optimizer.state.values() for v in state.values()]
+        kept = sum(v.nbytes for v in entries if isinstance(v, torch.Tensor))
+        arms = len(self._standing)
+        needed, left = (arms - 1) * (weights + kept) + arms * weights, room(device)
+        if needed <= left / 2:
+            self._on = None
+            for state in self._states.values():
+                state.move(None)
+            self._means = {arm: {n: t.to(device) for n, t in mean.items()} for arm, mean in self._means.items()}
+        elif not self.scores:
+            rank_zero_info(
+                "HyperGradient: the other trainings of the race stand by on the host, for they take "
+                f"{needed / 1e9:.2g} GB and {device} has {left / 1e9:.2g} GB left: until it is over, steps take longer."
+            )
 
     def _offset(self, arm: int) -> float:
         return math.log(self.rates[arm] / self.rates[0])
@@ -178,10 +212,12 @@ class Heat:
     @torch.no_grad()
     def _add_to_mean(self, arm: int) -> None:
         now = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-        mean = self._means.setdefault(arm, {n: torch.zeros_like(p) for n, p in now.items()})
+        if arm not in self._means:
+            self._means[arm] = {n: torch.zeros_like(p, device=self._on or p.device) for n, p in now.items()}
+        mean = self._means[arm]
         for name, p in now.items():
             if name in mean:
-                mean[name].lerp_(p, 1.0 / self._averaged)
+                mean[name].lerp_(p.to(mean[name].device), 1.0 / self._averaged)
 
     def _drop_fallen(self) -> None:
         """An arm whose training loss has blown up is out at once; its steps would be wasted."""
@@ -203,6 +239,7 @@ class Heat:
             raise NoScoreError(f"the validation loss is no number for any learning rate, at step {self._step}")
         self.scores.append({self.rates[arm]: score for arm, score in scores.items()})
         self._means, self._averaged = {}, 0
+        self._is_placed = self._on is None  # fewer may find room
         kept = boldest_arms(scores, self.rates, keep, self.untrained)
         self._keep(kept, kept[0])
         if len(self._ends) == 1:
@@ -214,16 +251,16 @@ class Heat:
             arm = len(self.rates)
             self.rates.append(self.winner * factor)
             self._standing.append(arm)
-            self._states[arm] = TrainingState(self._module, self._attachment.optimizer)
+            self._states[arm] = self._here()
 
     def _score_of_mean(self, arm: int) -> float:
         """The validation loss at the mean of the rung's weights, which is less noisy than at the last ones."""
-        here = {n: p.detach().clone() for n, p in self._module.named_parameters() if p.requires_grad}
-        write_tensors(self._module, self._means.get(arm, {}))
+        mean = self._means.get(arm, {})
+        exchange_tensors(self._module, mean, self._on)
         try:
             return self._score()
         finally:
-            write_tensors(self._module, here)
+            exchange_tensors(self._module, mean, self._on)
 
     def _keep(self, arms: list[int], leader: int) -> None:
         """The leader becomes the live arm if the live one is out."""

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hypergrad import Best, Readout, live_tensors, write_tensors
+from hypergrad import Best, Readout, copied, exchange_tensors, live_tensors, write_tensors
+from hypergrad.callbacks._placement import beside
 
 
 class Keeper:
     """Averages every few steps and judges at every checkpoint.
+
+    The best weights so far stand by on the host, for they are seldom touched.
 
     Args:
         readout: when, and with what window.
@@ -69,15 +72,14 @@ class Keeper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the one that returned `state`."""
-        devices = {name: t.device for name, t in live_tensors(self._module).items()}
+        live = live_tensors(self._module)
         self.best = Best(*state["best"])
         self.scores = [(int(step), raw, averaged) for step, raw, averaged in state["scores"]]
         self._averaged = state["averaged"]
         self._places = _places(self._module)
-        self._average, self._kept = (
-            {name: t.to(devices[name]) for name, t in state[part].items() if name in devices}
-            for part in ("average", "kept")
-        )
+        self._average = {name: t.to(live[name].device) for name, t in state["average"].items() if name in live}
+        kept = {name: (t, live[name].device) for name, t in state["kept"].items() if name in live}
+        self._kept = {name: t.to(beside(device) or device) for name, (t, device) in kept.items()}
 
     def _take_in(self) -> None:
         now = [getattr(owner, leaf) for owner, leaf in self._places.values()]
@@ -92,16 +94,19 @@ class Keeper:
     def _judge(self, step: int) -> None:
         raw = self._score()
         if self.best.beaten_by(raw, "raw", step):
-            self._kept = _copies(live_tensors(self._module))
-        here = _copies(live_tensors(self._module))
-        write_tensors(self._module, self._average)
+            self._keep()
+        exchange_tensors(self._module, self._average)
         try:
             averaged = self._score()
             if self.best.beaten_by(averaged, "averaged", step):
-                self._kept = _copies(live_tensors(self._module))
+                self._keep()
         finally:
-            write_tensors(self._module, here)
+            exchange_tensors(self._module, self._average)
         self.scores.append((step, raw, averaged))
+
+    def _keep(self) -> None:
+        self._kept = {}  # first, so that there are not two of them
+        self._kept = {name: copied(t, beside(t.device)) for name, t in live_tensors(self._module).items()}
 
 
 @lru_cache(maxsize=1)  # after a window the weight stays the same
@@ -117,7 +122,3 @@ def _places(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
         if t.is_floating_point():
             places[name] = module.get_submodule(owner), leaf
     return places
-
-
-def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.detach().clone() for name, t in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -20,31 +20,52 @@ class TrainingState:
     Args:
         module: whose parameters and buffers are copied.
         optimizer: whose state is copied, for the parameters that it has then.
+        on: the device that keeps the copies; None keeps each where its original is.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, on: torch.device | None = None
+    ) -> None:
         self._module = module
         self._optimizer = optimizer
-        self._tensors = {name: t.detach().clone() for name, t in live_tensors(module).items()}
-        self._states = {p: _copied(state) for p, state in optimizer.state.items()}
+        self._on = on
+        self._tensors = {name: copied(t, on) for name, t in live_tensors(module).items()}
+        self._states = {p: _State(state, on) for p, state in optimizer.state.items()}
 
     def install(self) -> None:
         """Make the live training stand here; this copy stays as it is."""
         write_tensors(self._module, self._tensors)
-        self._put_states({p: _copied(state) for p, state in self._states.items()})
+        self._optimizer.state.clear()
+        self._optimizer.state.update({p: state.live(copy=True) for p, state in self._states.items()})
 
     def exchange(self) -> None:
         """The live training stands here, and this is where it stood."""
-        mine, theirs = self._tensors, {name: t.detach().clone() for name, t in live_tensors(self._module).items()}
-        write_tensors(self._module, mine)
-        states = dict(self._optimizer.state)
-        self._put_states(self._states)
-        self._tensors, self._states = theirs, states
+        for name, t in live_tensors(self._module).items():
+            if name not in self._tensors:  # it has come up since
+                self._tensors[name] = copied(t, self._on)
+        exchange_tensors(self._module, self._tensors, self._on)
+        mine, theirs = self._states, dict(self._optimizer.state)
+        self._optimizer.state.clear()
+        self._states = {}
+        for p in list({**theirs, **mine}):  # one after the other: no more than one parameter's is there twice
+            if p in theirs:
+                self._states[p] = _State(theirs.pop(p), self._on, copy=False)
+            if p in mine:
+                self._optimizer.state[p] = mine.pop(p).live(copy=False)
+
+    def move(self, on: torch.device | None) -> None:
+        """Keep the copies on this device; None: each where its original is."""
+        self._on = on
+        for name, t in live_tensors(self._module).items():
+            if name in self._tensors:
+                self._tensors[name] = self._tensors[name].to(on or t.device)
+        for state in self._states.values():
+            state.move(on)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the optimizer's state by the position of the parameter in it."""
         at = {p: i for i, p in enumerate(_params(self._optimizer))}
-        return {"tensors": dict(self._tensors), "states": {at[p]: dict(state) for p, state in self._states.items()}}
+        return {"tensors": dict(self._tensors), "states": {at[p]: dict(s.entries) for p, s in self._states.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be the copy that returned `state`, of a module and an optimizer of the same structure.
@@ -58,12 +79,51 @@ class TrainingState:
             raise ConfigurationError(
                 f"The checkpoint was written by a module with other parameters or buffers: {', '.join(missing[:5])}."
             )
-        self._tensors = {name: t.to(live[name].device) for name, t in state["tensors"].items()}
-        self._states = {params[i]: _placed(entry, params[i].device) for i, entry in state["states"].items()}
+        self._tensors = {name: t.to(self._on or live[name].device) for name, t in state["tensors"].items()}
+        self._states = {params[i]: _State.loaded(entry, params[i], self._on) for i, entry in state["states"].items()}
 
-    def _put_states(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
-        self._optimizer.state.clear()
-        self._optimizer.state.update(states)
+
+class _State:
+    """The optimizer's state of one parameter, kept on a device of its own or where its tensors live.
+
+    Args:
+        live: as the optimizer has it.
+        on: see `TrainingState`.
+        copy: whether tensors that stay on their device are copied.
+    """
+
+    def __init__(self, live: Mapping[str, Any], on: torch.device | None, *, copy: bool = True) -> None:
+        self._homes = {key: value.device for key, value in live.items() if isinstance(value, torch.Tensor)}
+        self.entries = {
+            key: value.to(on or value.device, copy=copy) if isinstance(value, torch.Tensor) else value
+            for key, value in live.items()
+        }
+
+    @classmethod
+    def loaded(cls, entries: Mapping[str, Any], param: torch.Tensor, on: torch.device | None) -> _State:
+        """Of a checkpoint, whose tensors may have come to any device."""
+        # Step counts stay on the host, where torch keeps them unless a rule is capturable or fused.
+        result = cls(entries, None, copy=False)
+        result._homes.update({k: param.device for k in result._homes if entries[k].dim() > 0})
+        result.move(on)
+        return result
+
+    def live(self, *, copy: bool) -> dict[str, Any]:
+        """As the optimizer takes it."""
+        return {
+            key: value.to(self._homes[key], copy=copy) if key in self._homes else value
+            for key, value in self.entries.items()
+        }
+
+    def move(self, on: torch.device | None) -> None:
+        """See `TrainingState.move`."""
+        for key, home in self._homes.items():
+            self.entries[key] = self.entries[key].to(on or home)
+
+
+def copied(tensor: torch.Tensor, on: torch.device | None = None) -> torch.Tensor:
+    """A copy without a graph, on another device or on its own."""
+    return tensor.detach().to(on or tensor.device, copy=True)
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -77,27 +137,35 @@ def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_tensors(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Copy values into the parameters and buffers of these names, in place."""
     for name, t in live_tensors(module).items():
-        value = values.get(name)
-        if value is None:
-            continue
-        if t.shape == value.shape:
-            t.copy_(value)
-        else:  # a buffer that grows
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, value.clone())
+        if name in values:
+            _write(module, name, t, values[name])
+
+
+@torch.no_grad()
+def exchange_tensors(
+    module: torch.nn.Module, values: MutableMapping[str, torch.Tensor], on: torch.device | None = None
+) -> None:
+    """Put values into the parameters and buffers of these names, and what stood there in place of the values.
+
+    One after the other, so that no more than one of them is there twice.
+
+    Args:
+        on: the device that keeps what stood there; None: its own.
+    """
+    for name, t in live_tensors(module).items():
+        if name in values:
+            before = copied(t, on)
+            _write(module, name, t, values[name])
+            values[name] = before
+
+
+def _write(module: torch.nn.Module, name: str, live: torch.Tensor, value: torch.Tensor) -> None:
+    if live.shape == value.shape:
+        live.copy_(value)
+    else:  # a buffer that grows
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, copied(value, live.device))
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-
-
-def _placed(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    # Step counts stay on the host, where torch keeps them unless a rule is capturable or fused.
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
-        for key, value in state.items()
-    }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hypergrad import Hold, Online, hypergradient
+from hypergrad import Hold, Online, Race, Readout, hypergradient
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Net, Stateful, data, trainer
 from tests.hypergrad.cells import ACCEPTED, Cell, Problem, ids
@@ -89,6 +89,25 @@ def test_recurrent_networks_have_a_validation_gradient_despite_cudnn(tmp_path: P
     callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=1)
     trainer(tmp_path, callbacks=[callback], accelerator="gpu", devices=1).fit(Recurrent(), data(), data(seed=1))
     assert all(u.hypergradients["lr"] != 0.0 for u in callback.history)
+
+
+def test_the_race_takes_its_arms_to_the_host_where_the_device_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit() -> tuple[dict[str, torch.Tensor], int]:
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats()
+        module = Stateful(lr=1e-4)
+        module.wide = torch.nn.Linear(2000, 2000)
+        callback = HyperGradient(val_dataloaders=data(seed=2), controller=Hold(), race=Race(least=1), readout=Readout())
+        trainer(tmp_path, callbacks=[callback], accelerator="gpu", devices=1, max_epochs=40).fit(module, data(), data())
+        return {k: v.cpu() for k, v in module.state_dict().items()}, torch.cuda.max_memory_allocated()
+
+    on_device, peak = fit()
+    monkeypatch.setattr("hypergrad.callbacks._race.room", lambda _: 0.0)
+    on_host, lower = fit()
+    torch.testing.assert_close(on_host, on_device, rtol=0, atol=0)
+    assert lower < peak - 5 * 4 * 2000**2  # five arms at least, of 16 MB each
 
 
 class _Synchronisations:

@@ -61,6 +61,27 @@ def test_the_winner_is_the_plain_training_at_its_learning_rate(
     assert_equal(weights(raced), weights(alone))
 
 
+@pytest.mark.parametrize("rooms", [[0.0] * 3, [0.0, math.inf]], ids=["all of it", "until there is room"])
+def test_arms_that_stand_by_on_the_host_train_as_they_would_on_the_device(
+    rooms: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Without an accelerator both are the host, but the arms are moved and kept by the same code.
+    def run() -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+        callback, module = tuner(race=RACE, shape=Cosine()), Stateful("AdamW", lr=1e-6, weight_decay=0.1)
+        fit(module, callback)
+        return callback.race, weights(module)
+
+    expected, left = run(), list(rooms)
+    monkeypatch.setattr("hypergrad.callbacks._race.beside", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("hypergrad.callbacks._race.room", lambda _: left.pop(0))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        race, found = run()
+    assert not left  # asked at every rung until there was room
+    assert caplog.text.count("stand by on the host") == 1
+    assert race == expected[0]
+    assert_equal(found, expected[1])
+
+
 def test_who_starts_far_too_high_ends_where_others_do() -> None:
     found = []
     for lr in (1e-6, 10.0):
