@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -66,17 +67,20 @@ class Online(Estimator):
         return _WithTensors(own, UnrolledTracker(last_step, optimizer, (), tensors))
 
 
+# Flat vectors of so many elements: many small tensors take one kernel, and large ones no copy.
+_ELEMENTS_AT_A_TIME = 2**22
+
+
 @dataclass
 class _Tangent:
-    """d(parameters)/d(value) of one param group: `scale` times a flat vector."""
+    """d(parameters)/d(value) of one param group: `scale` times flat vectors."""
 
-    vector: torch.Tensor
+    vectors: list[torch.Tensor]
     scale: float = 1.0
 
-    def against(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Their inner product, and the norm of this one."""
-        product, norm = torch.dot(gradient, self.vector), torch.linalg.vector_norm(self.vector)
-        return (product, norm) if self.scale == 1.0 else (product * self.scale, norm * abs(self.scale))
+    def scaled(self, number: torch.Tensor) -> torch.Tensor:
+        """A number that was computed with the vectors alone."""
+        return number if self.scale == 1.0 else number * self.scale
 
 
 @dataclass
@@ -92,8 +96,38 @@ class _GroupStep:
 
     params: list[torch.Tensor]
     tangents: dict[str, _Tangent] = field(default_factory=dict)
-    before: torch.Tensor | None = None
+    before: list[torch.Tensor] | None = None
     lr: float = 0.0
+
+    @cached_property
+    def parts(self) -> list[list[torch.Tensor]]:
+        """The parameters, as they share a flat vector: a large one has its own, which is no copy where it need not."""
+        parts: list[list[torch.Tensor]] = []
+        size = _ELEMENTS_AT_A_TIME
+        for p in self.params:
+            size += p.numel()
+            if size > _ELEMENTS_AT_A_TIME:
+                parts.append([])
+                size = p.numel()
+            parts[-1].append(p)
+        return parts
+
+    def against(
+        self, gradients: Mapping[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """The norm of the gradient; and by name the inner product with a tangent, and the tangent's norm."""
+        products: dict[str, list[torch.Tensor]] = {name: [] for name in self.tangents}
+        norms = []
+        for i, part in enumerate(self.parts):
+            gradient = _flat([gradients[p] for p in part])
+            norms.append(torch.linalg.vector_norm(gradient))
+            for name, tangent in self.tangents.items():
+                products[name].append(torch.dot(gradient, tangent.vectors[i]))
+        pairs = {}
+        for name, tangent in self.tangents.items():
+            norm = _norm([torch.linalg.vector_norm(v) for v in tangent.vectors])
+            pairs[name] = tangent.scaled(_sum(products[name])), tangent.scaled(norm).abs()
+        return _norm(norms), pairs
 
 
 class _OnlineTracker(Tracker):
@@ -130,8 +164,9 @@ class _OnlineTracker(Tracker):
     def after_step(self) -> None:
         for step in self._groups:
             if step.before is not None:
-                step.tangents["lr"] = _Tangent(_flat(step.params) - step.before, 1.0 / step.lr)
-                step.before = None
+                after = map(_flat, step.parts)
+                moved = [a - b for a, b in zip(after, step.before, strict=True)]
+                step.tangents["lr"], step.before = _Tangent(moved, 1.0 / step.lr), None
 
     @torch.no_grad()
     def contract(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Contraction:
@@ -140,16 +175,13 @@ class _OnlineTracker(Tracker):
         groups, self._groups = self._groups, []  # flat vectors of the size of the model are not kept until the next
         device = next((p.device for step in groups for p in step.params), torch.device("cpu"))
         zero = torch.zeros((), device=device)
-        gradients_of = [_flat([gradients[p] for p in step.params]) if step.params else zero for step in groups]
-        gradient_norms = _stacked([torch.linalg.vector_norm(g) for g in gradients_of])
+        found = [step.against(gradients) if step.params else (zero, {}) for step in groups]
+        gradient_norms = _stacked([gradient_norm for gradient_norm, _ in found])
         scopes, self._scopes = self._scopes, {}
         result = Contraction({}, {}, {})
         for name in (h.name for h in self._hyperparameters):
-            pairs = [
-                step.tangents[name].against(gradient) if name in step.tangents else (zero, zero)
-                for step, gradient in zip(groups, gradients_of, strict=True)
-            ]
-            values, norms = (_stacked(column) for column in zip(*pairs, strict=True))
+            rows = [pairs.get(name, (zero, zero)) for _, pairs in found]
+            values, norms = (_stacked(column) for column in zip(*rows, strict=True))
             weight = scopes[name]
             if weight is None:
                 result.hypergradients[name], result.tangent_norms[name] = values, norms
@@ -171,9 +203,13 @@ class _OnlineTracker(Tracker):
         by_decay = "weight_decay" in names and decay_is_decoupled(self._optimizer, group)
         if not by_difference and not by_decay:
             return _GroupStep(params)
-        before = _flat(params)
-        tangents = {"weight_decay": _Tangent(before, -lr)} if by_decay else {}
-        return _GroupStep(params, tangents, before if by_difference else None, lr)
+        step = _GroupStep(params, lr=lr)
+        before = [_flat(part, copy=True) for part in step.parts]
+        if by_decay:
+            step.tangents["weight_decay"] = _Tangent(before, -lr)
+        if by_difference:
+            step.before = before
+        return step
 
     def _differentiate(self, hyperparameter: OptimizerHyperparameter, groups: list[int]) -> None:
         # Groups do not influence each other within a step: one direction serves them all.
@@ -183,9 +219,10 @@ class _OnlineTracker(Tracker):
             direction = Direction(hyperparameters={(index, hyperparameter): 1.0 for index in groups})
             moved = differentiate_step(self._optimizer, direction).params
         for index in groups:
-            params = self._groups[index].params
-            flat = _flat([moved[p] if p in moved else torch.zeros_like(p) for p in params])
-            self._groups[index].tangents[hyperparameter.name] = _Tangent(flat)
+            vectors = []
+            for part in self._groups[index].parts:  # one after the other: each is let go once it is flat
+                vectors.append(_flat([moved.pop(p) if p in moved else torch.zeros_like(p) for p in part]))
+            self._groups[index].tangents[hyperparameter.name] = _Tangent(vectors)
 
 
 class _WithTensors(Tracker):
@@ -215,10 +252,25 @@ class _WithTensors(Tracker):
         return replace(own, hypergradients=both, products=tensors.products, unused=tensors.unused)
 
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A flat copy, end to end, in float32 or wider: one kernel however many tensors there are. Call under no_grad."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+def _flat(tensors: Sequence[torch.Tensor], *, copy: bool = False) -> torch.Tensor:
+    """End to end, in float32 or wider: one kernel however many tensors there are. Call under no_grad.
+
+    Args:
+        copy: also where there is only one, which may be itself otherwise.
+    """
+    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+    if flat.dtype not in (torch.float32, torch.float64):
+        return flat.float()
+    return flat.clone() if copy and len(tensors) == 1 else flat
+
+
+def _sum(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    return numbers[0] if len(numbers) == 1 else _stacked(numbers).sum()
+
+
+def _norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of vectors end to end."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(_stacked(norms))
 
 
 def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:

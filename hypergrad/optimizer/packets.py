@@ -18,8 +18,9 @@ State = dict[str, Any]
 ByParam = Mapping[torch.Tensor, torch.Tensor]
 StateByParam = Mapping[torch.Tensor, Mapping[str, torch.Tensor]]
 
-# Elementwise rules need not be stepped all at once: copies of so many elements exist at a time.
-_ELEMENTS_AT_A_TIME = 2**22
+# Elementwise rules need not be stepped all at once: copies of so many elements exist at a time. On the CPU fewer are
+# faster, by up to three times; a device's kernels should have enough to do.
+_ON_CPU, _ON_DEVICE = 2**20, 2**22
 
 # State that torch keeps as one number per tensor; the names decide only for parameters that are scalars themselves.
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
@@ -54,6 +55,7 @@ class Packet:
         params: the optimizer's own parameters.
         param, grad, state: copies of their values, gradients and states, joined.
         counters: keys of `state` that hold one number for all of them.
+        part: which elements of the only parameter these are, flat, where they are not all.
     """
 
     group: int
@@ -62,10 +64,16 @@ class Packet:
     grad: torch.Tensor
     state: State
     counters: frozenset[str]
+    part: slice | None = None
 
     @classmethod
     def collect(
-        cls, optimizer: torch.optim.Optimizer, group: int, params: list[torch.Tensor], counters: Mapping[str, float]
+        cls,
+        optimizer: torch.optim.Optimizer,
+        group: int,
+        params: list[torch.Tensor],
+        counters: Mapping[str, float],
+        part: slice | None = None,
     ) -> Packet:
         """Copy what a step on `params` would read."""
         states = [optimizer.state.get(p, {}) for p in params]
@@ -78,14 +86,15 @@ class Packet:
                 # that in Python's float64.
                 state[key] = torch.tensor(counters[key], dtype=torch.float64)
             else:
-                state[key] = _joined([entry[key] for entry in states])
+                state[key] = _joined([entry[key] for entry in states], part)
         return cls(
             group=group,
             params=params,
-            param=_joined([p.detach() for p in params]),
-            grad=_joined([gradient_of(p) for p in params]),
+            param=_joined([p.detach() for p in params], part),
+            grad=_joined([gradient_of(p) for p in params], part),
             state=state,
             counters=frozenset(counters),
+            part=part,
         )
 
     def state_dict(self, at: Mapping[torch.Tensor, int]) -> dict[str, Any]:
@@ -119,7 +128,7 @@ class Packet:
         """One tensor like `param`; zero for parameters that are absent, None if all of them are."""
         if not any(p in parts for p in self.params):
             return None
-        return _joined([parts.get(p, torch.zeros_like(p)) for p in self.params])
+        return _joined([parts[p] if p in parts else torch.zeros_like(p) for p in self.params], self.part)
 
     def join_state(self, parts: StateByParam) -> dict[str, torch.Tensor]:
         """One tensor per entry of the state that occurs in `parts`; of counters, a list of one value per parameter."""
@@ -131,16 +140,27 @@ class Packet:
                 joined[key] = torch.stack([torch.zeros_like(known) if e is None else e for e in entries])
             else:
                 joined[key] = _joined(
-                    [torch.zeros_like(p) if e is None else e for e, p in zip(entries, self.params, strict=True)]
+                    [torch.zeros_like(p) if e is None else e for e, p in zip(entries, self.params, strict=True)],
+                    self.part,
                 )
         return joined
 
     def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
-        """One tensor per parameter, in its shape, of one like `param`."""
+        """One tensor per parameter, in its shape, of one like `param`; not of a part."""
         if len(self.params) == 1:
             return [joined]
         parts = torch.split(joined, [p.numel() for p in self.params])
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+    def put(self, joined: torch.Tensor, into: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Write a tensor like `param` to the entries of its parameters."""
+        if self.part is None:
+            into.update(zip(self.params, self.split(joined), strict=True))
+            return
+        (p,) = self.params
+        if p not in into:
+            into[p] = torch.zeros_like(p)
+        into[p].view(-1)[self.part] = joined
 
 
 def collect(
@@ -157,12 +177,19 @@ def collect(
 
 
 def bundles(
-    optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None, *, pack: bool | None = None
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[int] | None = None,
+    *,
+    pack: bool | None = None,
+    cut: bool = False,
 ) -> Iterator[list[Packet]]:
     """The same, one bundle of packets after another: what one bundle becomes does not depend on the others.
 
-    An elementwise rule comes in bundles of about four million elements, so that copies of a large model never exist all
-    at once; any other rule in one.
+    An elementwise rule comes in bundles of some million elements, so that copies of a large model never exist all at
+    once; any other rule in one.
+
+    Args:
+        cut: let a larger tensor of an elementwise rule come in parts.
     """
     elementwise = type(optimizer) in ELEMENTWISE
     indices = range(len(optimizer.param_groups)) if groups is None else groups
@@ -171,8 +198,13 @@ def bundles(
     for index in indices:
         params = stepped_params(optimizer.param_groups[index])
         for part, counters in _partition(optimizer, params, elementwise if pack is None else pack):
-            elements = sum(p.numel() for p in part)
-            if elementwise and bundle and size + elements > _ELEMENTS_AT_A_TIME:
+            elements, most = sum(p.numel() for p in part), _most(part[0])
+            if cut and elementwise and elements > most and _is_flat(optimizer, part):
+                for start in range(0, elements, most):
+                    some = slice(start, min(start + most, elements))
+                    yield [Packet.collect(optimizer, index, part, counters, some)]
+                continue
+            if elementwise and bundle and size + elements > most:
                 yield bundle
                 bundle, size = [], 0
             bundle.append(Packet.collect(optimizer, index, part, counters))
@@ -211,8 +243,11 @@ def _partition(
         shapes = tuple((k, v.dtype, v.shape == p.shape) for k, v in state.items() if isinstance(v, torch.Tensor))
         others = tuple((k, v) for k, v in state.items() if not isinstance(v, torch.Tensor))
         kind = (p.dtype, p.device, p.dim() == 0, shapes, others, tuple(counters[p].items()))
+        if p.numel() > _most(p):
+            packets[kind, p] = [p]
+            continue
         sizes[kind] = sizes.get(kind, 0) + p.numel()
-        packets.setdefault((kind, sizes[kind] // _ELEMENTS_AT_A_TIME), []).append(p)
+        packets.setdefault((kind, sizes[kind] // _most(p)), []).append(p)
     return [(packet, counters[packet[0]]) for packet in packets.values()]
 
 
@@ -250,8 +285,23 @@ def gradient_of(param: torch.Tensor) -> torch.Tensor:
     return param.grad.detach()
 
 
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A fresh copy: the tensor itself if it is the only one, all of them flat and end to end otherwise."""
+def _most(param: torch.Tensor) -> int:
+    """How many elements may be copied at a time."""
+    return _ON_CPU if param.device.type == "cpu" else _ON_DEVICE
+
+
+def _is_flat(optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]) -> bool:
+    """Whether this is one parameter whose values, gradient and state can be read in parts without a copy of all."""
+    if len(params) != 1:
+        return False
+    (p,) = params
+    entries = [v for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor) and v.dim() > 0]
+    return all(t.is_contiguous() and t.shape == p.shape for t in (p, gradient_of(p), *entries))
+
+
+def _joined(tensors: Sequence[torch.Tensor], part: slice | None = None) -> torch.Tensor:
+    """A fresh copy: the tensor itself, or a part of it, if it is the only one, otherwise all of them end to end."""
     if len(tensors) == 1:
-        return tensors[0].detach().clone()
+        (only,) = tensors
+        return (only if part is None else only.reshape(-1)[part]).detach().clone()
     return torch.cat([t.detach().reshape(-1) for t in tensors])

@@ -20,7 +20,6 @@ from hypergrad.optimizer.packets import (
     Packet,
     StateByParam,
     bundles,
-    collect,
 )
 from hypergrad.optimizer.shadow import (
     as_number,
@@ -109,7 +108,7 @@ def differentiate_step(
     """
     check_optimizer(optimizer)
     result = StateVector()
-    for packets in bundles(optimizer, pack=pack):
+    for packets in bundles(optimizer, pack=pack, cut=pack is None):
         _differentiate(optimizer, packets, direction, result)
     return result
 
@@ -139,21 +138,20 @@ def step_per_lr(optimizer: torch.optim.Optimizer, groups: Sequence[int]) -> dict
     cancel, however small the gradient and the learning rate, and no forward AD is needed.
     """
     secant = 2.0**20
-    packets = collect(optimizer, groups, pack=True)
     plain = {"lr": secant, "differentiable": False}
-    copies = [
-        single_tensor_group(optimizer.param_groups[index], [p.param for p in packets if p.group == index]) | plain
-        for index in groups
-    ]
-    before = [packet.param.clone() for packet in packets]
-    for packet in packets:
-        packet.param.grad = packet.grad
-    with torch.no_grad():
-        raw_step(shadow(optimizer, copies, {packet.param: packet.state for packet in packets}))
     result: dict[torch.Tensor, torch.Tensor] = {}
-    for packet, old in zip(packets, before, strict=True):
-        change = packet.param.sub_(old).div_(secant)
-        result.update(zip(packet.params, packet.split(change), strict=True))
+    for packets in bundles(optimizer, groups, pack=True, cut=True):
+        copies = [
+            single_tensor_group(optimizer.param_groups[index], [p.param for p in packets if p.group == index]) | plain
+            for index in groups
+        ]
+        before = [packet.param.clone() for packet in packets]
+        for packet in packets:
+            packet.param.grad = packet.grad
+        with torch.no_grad():
+            raw_step(shadow(optimizer, copies, {packet.param: packet.state for packet in packets}))
+        for packet, old in zip(packets, before, strict=True):
+            packet.put(packet.param.sub_(old).div_(secant), result)
     return result
 
 
@@ -173,12 +171,16 @@ def _make_dual(packet: Packet, direction: Direction) -> None:
 def _collect_tangents(packet: Packet, twin: torch.optim.Optimizer, result: StateVector) -> None:
     change = tangent(packet.param)
     if change is not None:
-        result.params.update(zip(packet.params, packet.split(change), strict=True))
+        packet.put(change, result.params)
     for key, value in twin.state[packet.param].items():
         change = tangent(value) if isinstance(value, torch.Tensor) else None
         if change is None:
             continue
-        counter = packet.is_counter(key, value)
-        parts = [change] * len(packet.params) if counter else packet.split(change)
-        for p, part in zip(packet.params, parts, strict=True):
-            result.state.setdefault(p, {})[key] = part
+        known = {p: result.state.get(p, {}) for p in packet.params}
+        entries = {p: entry[key] for p, entry in known.items() if key in entry}
+        if packet.is_counter(key, value):
+            entries.update(dict.fromkeys(packet.params, change))
+        else:
+            packet.put(change, entries)
+        for p in packet.params:
+            result.state.setdefault(p, {})[key] = entries[p]

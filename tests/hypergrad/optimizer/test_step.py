@@ -29,7 +29,9 @@ def _warmed_up(problem: Problem) -> tuple[torch.nn.Module, torch.optim.Optimizer
 
 
 @pytest.mark.parametrize("cell", _PACKABLE, ids=lambda c: c.name)
-def test_one_packed_tensor_gives_what_many_give(cell: Cell) -> None:
+@pytest.mark.parametrize("size", [2**20, 5], ids=["packed", "cut"])
+def test_one_packed_tensor_gives_what_many_give(cell: Cell, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypergrad.optimizer.packets._ON_CPU", size)
     model, optimizer = _warmed_up(Problem(cell))
     generator = torch.Generator().manual_seed(3)
     params = list(model.parameters())
@@ -46,7 +48,7 @@ def test_one_packed_tensor_gives_what_many_give(cell: Cell) -> None:
             for p in params[:2]
         },
     )
-    packed, apart = (differentiate_step(optimizer, direction, pack=pack) for pack in (True, False))
+    packed, apart = (differentiate_step(optimizer, direction, pack=pack) for pack in (None, False))
     for p in params:
         zero = torch.zeros_like(p)
         torch.testing.assert_close(packed.params.get(p, zero), apart.params.get(p, zero), rtol=1e-12, atol=1e-14)
@@ -150,8 +152,11 @@ def test_parameters_with_different_step_counts_are_not_packed_together() -> None
 @pytest.mark.parametrize(
     "cell", [c for c in _PACKABLE if "lr" in c.accepted and c.settings["lr"]], ids=lambda c: c.name
 )
-@pytest.mark.parametrize("groups", [1, 2])
-def test_one_secant_gives_the_derivative_of_rules_that_are_linear_in_lr(cell: Cell, groups: int) -> None:
+@pytest.mark.parametrize(("groups", "size"), [(1, 2**20), (2, 2**20), (2, 5)], ids=["one", "two", "cut"])
+def test_one_secant_gives_the_derivative_of_rules_that_are_linear_in_lr(
+    cell: Cell, groups: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypergrad.optimizer.packets._ON_CPU", size)
     problem = Problem(cell, groups=groups)
     _, optimizer = _warmed_up(problem)
     assert is_linear_in_lr(optimizer)
