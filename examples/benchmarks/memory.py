@@ -20,6 +20,11 @@ class Held(TorchDispatchMode):
         self.peak = self._now = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
+    def restart(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self._now
+        return peak
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -47,6 +47,7 @@ BENCHMARKS = {
     "overhead.py": ["--rounds", "1", "--steps", "5", "--every", "5", "--epochs", "2"],
     "estimators.py": ["--rounds", "1", "--steps", "2", "--task", "GRU", "--horizons"],
     "quality.py": ["--seeds", "1", "--epochs", "1", "--trials", "1", "--optimizer", "SGD"],
+    "footprint.py": ["--width", "30", "--steps", "8", "--crowded"],
     "hard_starts.py": ["--seeds", "1", "--steps", "130", "--task", "five hidden, 500"],
 }
 
