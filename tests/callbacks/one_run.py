@@ -32,3 +32,12 @@ def fit(module: pl.LightningModule, callback: HyperGradient | None, **kwargs: An
     fitted = trainer(None, callbacks=callbacks, max_epochs=EPOCHS, **kwargs)
     fitted.fit(seeded(module), Resumable(), data(seed=1), ckpt_path=kwargs.get("ckpt_path"))
     return fitted
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True

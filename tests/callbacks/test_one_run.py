@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hypergrad import ConfigurationError, Cosine, Race, Readout, Rewind
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Net, Reseed, Resumable, Stateful, continuing, data, trainer
-from tests.callbacks.one_run import EPOCHS, fit, seeded, tuner
+from tests.callbacks.one_run import EPOCHS, StopAt, fit, seeded, tuner
 
 RACE = Race(rates=(1e-4, 1e-2, 1e-1), rungs=((0.05, 3), (0.1, 1), (0.2, 1)), least=1)
 
@@ -156,15 +156,6 @@ def test_a_run_resumed_in_and_after_the_race_continues_bit_identically(stop_at: 
     assert resumed.race == straight.race
     assert resumed.history == straight.history
     assert resumed.ended_with == straight.ended_with
-
-
-class StopAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step >= self.step:
-            trainer.should_stop = True
 
 
 class Overfits(Net):

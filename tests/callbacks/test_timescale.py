@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from hypergrad import ConfigurationError, Descent, Frozen, Hold, OptimizerHyperparameter, Race, Timescale
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Net, data, trainer
+from tests.callbacks.one_run import StopAt
 
 STEPS = 120
 RACE = Race(rates=(1e-4, 1e-2, 1e-1), rungs=((0.05, 3), (0.1, 1), (0.2, 1)), least=1)
@@ -125,11 +126,10 @@ class Coupled(Net):
         return torch.optim.Adam(self.parameters(), lr=0.01, weight_decay=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:HyperGradient. the validation loss was")  # one of them relapses on its way
 def test_by_default_it_is_left_alone_where_it_means_something_else() -> None:
     def default(module: pl.LightningModule, **kwargs: Any) -> HyperGradient:
         callback = HyperGradient(val_dataloaders=data(seed=2), **kwargs)
-        return fit(module, callback, max_epochs=-1, max_steps=500)
+        return fit(module, callback, max_epochs=-1, max_steps=500, callbacks=[StopAt(60)])  # after the race
 
     coupled = default(Coupled())
     assert coupled.race is not None

@@ -52,7 +52,8 @@ def test_equals_forward_on_every_cell(cell: Cell, name: str, double: None) -> No
     expected = measured(Forward())
     assert expected != 0.0
     assert measured(Unrolled()) == pytest.approx(expected, rel=1e-8)
-    assert measured(Unrolled(curvature=FiniteDifference(1e-8))) == pytest.approx(expected, rel=1e-4)
+    if name == "lr":  # products are the same for every hyperparameter of a rule
+        assert measured(Unrolled(curvature=FiniteDifference(1e-8))) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("cell", "name"), [*NOT_CARRIED, *REFUSED], ids=ids([*NOT_CARRIED, *REFUSED]))
