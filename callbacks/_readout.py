@@ -84,7 +84,8 @@ class Keeper:
     def _take_in(self) -> None:
         now = [getattr(owner, leaf) for owner, leaf in self._places.values()]
         self._averaged += 1
-        if self._averaged == 1 or self._average.keys() != self._places.keys():
+        shapes = {name: t.shape for name, t in zip(self._places, now, strict=True)}
+        if self._averaged == 1 or {name: t.shape for name, t in self._average.items()} != shapes:
             copies = (t.detach().clone() for t in now)
             self._average, self._averaged = dict(zip(self._places, copies, strict=True)), 1
         else:

@@ -170,7 +170,8 @@ class Run:
     def validated(self) -> None:
         """The Trainer has been through its validation data."""
         value = self.trainer.callback_metrics.get(self._settings.monitor)
-        if value is not None and self._settings.val_dataloaders is not None and self.steps:
+        fits = self.trainer.state.fn == "fit"  # who validates afterwards may do so on anything
+        if value is not None and self._settings.val_dataloaders is not None and self.steps and fits:
             self._diagnostics.monitored.append((self.steps, self._settings.sign * float(value)))
 
     @property

@@ -21,6 +21,7 @@ from hypergrad import (
     RngState,
     SharedLoss,
     loss_hyperparameters,
+    place_of,
     preserved_rng,
 )
 from hypergrad.callbacks._agreement import anyone, mean, mean_rows
@@ -62,6 +63,7 @@ class TrainingLoss:
         self._step: Callable[..., Any] = module.training_step
         self._own = module.__dict__.get("training_step")  # of the instance, which is rare
         self._learned = {id(m.value) for m in loss_hyperparameters(module).values()}
+        self._views = _views(module)
         module.__dict__["training_step"] = _Recorder(self, module, self._step)
 
     @property
@@ -173,9 +175,10 @@ class TrainingLoss:
         return loss.reshape(()), after
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Copies of the module's buffers, by name."""
+        """Copies of the module's buffers, by name, but for views of others."""
         # Values of hyperparameters are no state of the step: they are what it is differentiated with respect to.
-        return {n: b.detach().clone() for n, b in self._module.named_buffers() if id(b) not in self._learned}
+        apart = {n: b for n, b in self._module.named_buffers() if id(b) not in self._learned and n not in self._views}
+        return {n: b.detach().clone() for n, b in apart.items()}
 
     @torch.no_grad()
     def _put_buffers(self, then: dict[str, torch.Tensor]) -> None:
@@ -300,6 +303,17 @@ def _at(trainer: pl.Trainer, progress: list[dict[str, Any]]) -> Iterator[None]:
     finally:
         for state, then in zip(states, now, strict=True):
             state.load_state_dict(then)
+
+
+def _views(module: pl.LightningModule) -> set[str]:
+    """Names of buffers that share the memory of a parameter or of a larger buffer, and change with it."""
+    taken = {place_of(p) for p in module.parameters() if p.numel()}
+    views = set()
+    for name, b in sorted(module.named_buffers(), key=lambda pair: -pair[1].numel()):
+        if b.numel() and place_of(b) in taken:
+            views.add(name)
+        taken.add(place_of(b))
+    return views
 
 
 def _progress(trainer: pl.Trainer) -> list[Any]:

@@ -139,6 +139,10 @@ class EarlyStopping(pl.Callback):
             pl_module.load_state_dict(self._weights)
             rank_zero_info(f"The weights are those of epoch {self._best_epoch}, {self.monitor} = {self._best:g}.")
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """What a checkpoint brought is for the fit, the validation or the test that loaded it."""
+        self._restored = False
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to decide on after a checkpoint as if nothing had happened."""
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -80,45 +80,78 @@ class TrainingState:
                 f"The checkpoint was written by a module with other parameters or buffers: {', '.join(missing[:5])}."
             )
         self._tensors = {name: t.to(self._on or live[name].device) for name, t in state["tensors"].items()}
-        self._states = {params[i]: _State.loaded(entry, params[i], self._on) for i, entry in state["states"].items()}
+        # As torch's own load_state_dict has it: step counts stay on the host unless a rule keeps them with the rest.
+        counted = {
+            p for g in self._optimizer.param_groups if g.get("capturable") or g.get("fused") for p in g["params"]
+        }
+        self._states = {
+            params[i]: _State.loaded(entry, params[i].device, counts=params[i] in counted, on=self._on)
+            for i, entry in state["states"].items()
+        }
 
 
 class _State:
     """The optimizer's state of one parameter, kept on a device of its own or where its tensors live.
 
     Args:
-        live: as the optimizer has it.
+        live: as the optimizer has it: tensors, also in lists, tuples and dictionaries, and whatever else.
         on: see `TrainingState`.
         copy: whether tensors that stay on their device are copied.
     """
 
     def __init__(self, live: Mapping[str, Any], on: torch.device | None, *, copy: bool = True) -> None:
-        self._homes = {key: value.device for key, value in live.items() if isinstance(value, torch.Tensor)}
-        self.entries = {
-            key: value.to(on or value.device, copy=copy) if isinstance(value, torch.Tensor) else value
-            for key, value in live.items()
-        }
+        self._homes: list[torch.device] = []  # of each tensor, in the order in which they are met
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            self._homes.append(tensor.device)
+            return tensor.to(on or tensor.device, copy=copy)
+
+        self.entries: dict[str, Any] = _each(dict(live), kept)
 
     @classmethod
-    def loaded(cls, entries: Mapping[str, Any], param: torch.Tensor, on: torch.device | None) -> _State:
-        """Of a checkpoint, whose tensors may have come to any device."""
-        # Step counts stay on the host, where torch keeps them unless a rule is capturable or fused.
-        result = cls(entries, None, copy=False)
-        result._homes.update({k: param.device for k in result._homes if entries[k].dim() > 0})
+    def loaded(
+        cls, entries: Mapping[str, Any], device: torch.device, *, counts: bool, on: torch.device | None
+    ) -> _State:
+        """Of a checkpoint, whose tensors may have come to any device.
+
+        Args:
+            device: of the parameter.
+            counts: whether its step counts belong there, too, and not on the host.
+        """
+
+        def home(key: str) -> Any:
+            return lambda t: t if key == "step" and not counts else t.to(device)
+
+        result = cls({key: _each(value, home(key)) for key, value in entries.items()}, None, copy=False)
         result.move(on)
         return result
 
     def live(self, *, copy: bool) -> dict[str, Any]:
         """As the optimizer takes it."""
-        return {
-            key: value.to(self._homes[key], copy=copy) if key in self._homes else value
-            for key, value in self.entries.items()
-        }
+        homes = iter(self._homes)
+        found: dict[str, Any] = _each(self.entries, lambda t: t.to(next(homes), copy=copy))
+        return found
 
     def move(self, on: torch.device | None) -> None:
         """See `TrainingState.move`."""
-        for key, home in self._homes.items():
-            self.entries[key] = self.entries[key].to(on or home)
+        homes = iter(self._homes)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            home = next(homes)
+            return tensor.to(on or home)
+
+        self.entries = _each(self.entries, moved)
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of plain containers in which every tensor is changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {key: _each(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_each(item, change) for item in value)
+    return value
 
 
 def copied(tensor: torch.Tensor, on: torch.device | None = None) -> torch.Tensor:
@@ -147,22 +180,32 @@ def exchange_tensors(
 ) -> None:
     """Put values into the parameters and buffers of these names, and what stood there in place of the values.
 
-    One after the other, so that no more than one of them is there twice.
+    One after the other, so that no more than one of them is there twice; those that share memory together.
 
     Args:
         on: the device that keeps what stood there; None: its own.
     """
+    sharing: dict[object, list[tuple[str, torch.Tensor]]] = {}
     for name, t in live_tensors(module).items():
         if name in values:
-            before = copied(t, on)
+            sharing.setdefault(place_of(t) if t.numel() else name, []).append((name, t))
+    for tensors in sharing.values():
+        before = {name: copied(t, on) for name, t in tensors}
+        for name, t in tensors:
             _write(module, name, t, values[name])
-            values[name] = before
+        values.update(before)
+
+
+def place_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    """The memory that a tensor is a view of: alike for tensors that share it."""
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _write(module: torch.nn.Module, name: str, live: torch.Tensor, value: torch.Tensor) -> None:
-    if live.shape == value.shape:
+    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(live.shape, live.stride(), strict=True))
+    if live.shape == value.shape and not is_expanded:
         live.copy_(value)
-    else:  # a buffer that grows
+    elif live.shape != value.shape or not torch.equal(live, value.to(live.device)):  # a buffer that has grown
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, copied(value, live.device))
 

@@ -103,10 +103,10 @@ class _GroupStep:
     def parts(self) -> list[list[torch.Tensor]]:
         """The parameters, as they share a flat vector: a large one has its own, which is no copy where it need not."""
         parts: list[list[torch.Tensor]] = []
-        size = _ELEMENTS_AT_A_TIME
+        size = 0
         for p in self.params:
             size += p.numel()
-            if size > _ELEMENTS_AT_A_TIME:
+            if not parts or size > _ELEMENTS_AT_A_TIME:
                 parts.append([])
                 size = p.numel()
             parts[-1].append(p)
@@ -219,9 +219,10 @@ class _OnlineTracker(Tracker):
             direction = Direction(hyperparameters={(index, hyperparameter): 1.0 for index in groups})
             moved = differentiate_step(self._optimizer, direction).params
         for index in groups:
-            vectors = []
-            for part in self._groups[index].parts:  # one after the other: each is let go once it is flat
-                vectors.append(_flat([moved.pop(p) if p in moved else torch.zeros_like(p) for p in part]))
+            vectors = [
+                _flat([moved[p] if p in moved else torch.zeros_like(p) for p in part])
+                for part in self._groups[index].parts
+            ]
             self._groups[index].tangents[hyperparameter.name] = _Tangent(vectors)
 
 

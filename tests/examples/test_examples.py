@@ -75,6 +75,7 @@ def test_benchmarks_run(
         assert float(ratio) > 0.0
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_search_runs(tmp_path: Path) -> None:
     options = ["--trials", "2", "--more", "5", "--peer-trials", "2", "--epochs", "1", "--seeds", "1"]
     command = [sys.executable, str(EXAMPLES / "benchmarks/search.py"), *options]
