@@ -21,7 +21,7 @@ from hypergrad import (
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._guard import Guard
 from hypergrad.callbacks._plan import Plan, without_race
-from hypergrad.callbacks._race import Heat, NoScoreError
+from hypergrad.callbacks._race import ChangedOutsideError, Heat, NoScoreError
 from hypergrad.callbacks._readout import Keeper
 from hypergrad.callbacks._timescale import place_decay
 from hypergrad.callbacks._training import StepLoss, TrainingLoss
@@ -71,8 +71,9 @@ class Pieces:
         if plan.race is not None:
             self._heat = Heat(plan.race, steps, trainer, module, attachment, score)
             if attachment.training_loss is None:
-                self._training_loss = attachment.training_loss = TrainingLoss(trainer, module, exact=False)
+                self._training_loss = attachment.training_loss = TrainingLoss(trainer, module, for_steps=True)
                 attachment.without_replay = self._cancel
+            attachment.training_loss.about_to_run = self._about_to_run
             attachment.stepped = self._let_others_step
             attachment.measures = False
         else:
@@ -235,11 +236,19 @@ class Pieces:
             return
         try:
             self._heat.after_step(loss)
-        except UnsupportedOptimizerError as error:
+        except (UnsupportedOptimizerError, ChangedOutsideError) as error:
             self._cancel(error)
         except NoScoreError as error:
             rank_zero_warn(f"HyperGradient: no race of learning rates: {error}. Training goes on with the one it has.")
             self._give_up()
+
+    def _about_to_run(self) -> None:
+        if self._heat is None:
+            return
+        try:
+            self._heat.before_step()
+        except ChangedOutsideError as error:
+            self._cancel(error)
 
     def _cancel(self, error: HypergradError) -> None:
         rank_zero_info(
@@ -257,6 +266,8 @@ class Pieces:
         self._heat = None
         self._attachment.stepped, self._attachment.measures = None, True
         self._attachment.measured_at = self._attachment.steps
+        if self._attachment.training_loss is not None:
+            self._attachment.training_loss.about_to_run = None
         if self._training_loss is not None:
             self._attachment.training_loss = None
         self._attachment.without_replay = None

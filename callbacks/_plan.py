@@ -9,7 +9,8 @@ from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hypergrad import (
     Cautious,
@@ -25,6 +26,7 @@ from hypergrad import (
     Timescale,
 )
 from hypergrad.callbacks._timescale import why_no_timescale
+from hypergrad.callbacks.early_stopping import EarlyStopping
 
 # Of the gradients that a run may spend beside its own. The race takes about 0.4, the rest is for hypergradients.
 _ON_READOUT = 0.24
@@ -115,13 +117,13 @@ def make_plan(
         ConfigurationError: for a readout beside a callback that averages weights, and for a timescale that cannot be
             had.
     """
-    total = trainer.estimated_stepping_batches
-    steps = int(total) if math.isfinite(total) and total > 0 else None
+    steps = _steps(trainer)
     extra = wishes.budget - 1.0
     averaging = _averaging(trainer)
-    if averaging and wishes.readout not in ("auto", None):
+    deciding = averaging or _restoring(trainer)
+    if deciding and wishes.readout not in ("auto", None):
         raise ConfigurationError(
-            f"{averaging} and `readout` would both decide which weights the module ends with: use one of them."
+            f"{deciding} and `readout` would both decide which weights the module ends with: use one of them."
         )
     obstacle = _obstacle(trainer, module, "lr" in names, steps)
     if averaging:
@@ -132,7 +134,7 @@ def make_plan(
     usual = race is not None
     own_schedule = bool(trainer.lr_scheduler_configs)
     shape = (Cosine() if usual and not own_schedule else None) if wishes.shape == "auto" else wishes.shape
-    readout = (Readout() if usual else None) if wishes.readout == "auto" else wishes.readout
+    readout = (Readout() if usual and not deciding else None) if wishes.readout == "auto" else wishes.readout
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
     timescale = _timescale_of(wishes, trainer, usual, "weight_decay" in names, steps)
     if steps is None or not (race or shape or readout or rewind or timescale):
@@ -219,4 +221,28 @@ def _obstacle(trainer: pl.Trainer, module: pl.LightningModule, learns_lr: bool, 
         return "manual optimization"
     if len(trainer.optimizers) != 1:
         return f"{len(trainer.optimizers)} optimizers"
+    if is_overridden("configure_gradient_clipping", module):
+        return f"{type(module).__name__}.configure_gradient_clipping may remember what it has clipped"
+    if not any(group.get("initial_lr", group["lr"]) > 0.0 for group in trainer.optimizers[0].param_groups):
+        return "a learning rate of 0 has no multiples"
     return ""
+
+
+def _steps(trainer: pl.Trainer) -> int | None:
+    """How many steps the run will have; None where that is not known."""
+    total = trainer.estimated_stepping_batches
+    if not (math.isfinite(total) and total > 0):
+        return None
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if not schedules or epochs is None or epochs < 0 or not math.isfinite(batches):
+        return int(total)
+    accumulated = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs))
+    steps = sum(math.ceil(batches / count) for count in accumulated)
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def _restoring(trainer: pl.Trainer) -> str:
+    """The callback that goes back to the best weights at the end, if there is one."""
+    found = [c for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.restore_best_weights]  # type: ignore[attr-defined]
+    return "EarlyStopping(restore_best_weights=True)" if found else ""

@@ -17,6 +17,7 @@ from hypergrad import (
     TrainingState,
     UnsupportedOptimizerError,
     boldest_arms,
+    copied,
     exchange_tensors,
     has_learned,
     live_tensors,
@@ -29,6 +30,13 @@ from hypergrad.callbacks._training import StepLoss
 
 class NoScoreError(HypergradError):
     """No arm has a validation loss that is a number, so that none can be chosen."""
+
+
+class ChangedOutsideError(HypergradError):
+    """Something changes between steps, as a hook makes it, and would not do so in the arms that stand by."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} changes outside of it, by a hook that trainings which stand by would not run")
 
 
 class Heat:
@@ -72,6 +80,8 @@ class Heat:
         self._first_loss = math.nan
         self._losses: dict[int, float] = {}
         self._step = 0
+        self._left: dict[str, torch.Tensor] = {}  # as the last step left them
+        self._still: dict[str, torch.Tensor] = {}  # those of them that the next one does not move either
 
     @property
     def is_over(self) -> bool:
@@ -93,7 +103,9 @@ class Heat:
 
         Raises:
             UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
+            ChangedOutsideError: see `before_step`; the same.
         """
+        self._compare(self._still)
         self._step += 1
         if not self._is_placed:
             self._place()
@@ -118,6 +130,33 @@ class Heat:
             self._drop_fallen()
         if self._ends and self._step >= self._ends[0][0]:
             self._judge(self._ends.pop(0)[1])
+
+        self._remember()
+
+    def before_step(self) -> None:
+        """A training step is about to be run.
+
+        Raises:
+            ChangedOutsideError: if a parameter or buffer is not as the last step has left it, such as an average that a
+                hook keeps.
+        """
+        left, self._left = self._left, {}
+        self._compare(left)
+
+    def _remember(self) -> None:
+        """Where everything stands that no optimizer moves, and after the first steps the rest as well."""
+        stepped = {p for group in self._attachment.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        live = live_tensors(self._module) if len(self._standing) > 1 else {}
+        self._left = {name: copied(t) for name, t in live.items() if self._averaged <= 2 or t not in stepped}
+        still = dict(self._module.named_parameters()).keys() & self._left.keys()
+        self._still = {name: self._left[name] for name in still if live[name] not in stepped}
+
+    def _compare(self, left: dict[str, torch.Tensor]) -> None:
+        live = live_tensors(self._module) if left else {}
+        for name, then in left.items():
+            now = live.get(name)
+            if now is None or now.shape != then.shape or not torch.allclose(now, then, 0.0, 0.0, equal_nan=True):
+                raise ChangedOutsideError(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the race stands."""

@@ -27,6 +27,8 @@ from hypergrad import (
 from hypergrad.callbacks._agreement import anyone, mean, mean_rows
 from hypergrad.callbacks._quietly import quietly
 
+_ADVICE = ". Use Online() with hyperparameters of the optimizer only, which takes the step as it is."
+
 
 @dataclass(frozen=True)
 class Call:
@@ -45,15 +47,21 @@ class TrainingLoss:
 
     Args:
         trainer, module: of the fit.
-        exact: whether the gradient of a step must be that of the loss itself, not clipped or changed by a hook.
+        exact: whether the gradient of a step must be that of the loss itself, not changed by a hook.
+        for_steps: whether steps are taken with the gradients that it gives, which a hook must not have taken away, nor
+            can the user do anything about it.
 
     Raises:
         ConfigurationError: where the gradient of a step is not that of the losses that `training_step` returned.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, *, exact: bool = True) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *, exact: bool = True, for_steps: bool = False
+    ) -> None:
         _check(module, exact=exact)
-        self._exact = exact
+        self._exact, self._for_steps = exact, for_steps
+        self._advice = "" if for_steps else _ADVICE
+        self.about_to_run: Callable[[], None] | None = None  # hears of every call, before it
         self.evaluations = 0
         self.trainer = trainer
         self._module = module
@@ -110,6 +118,8 @@ class TrainingLoss:
         """Run `training_step`, and remember the call if it is one of training that found a loss."""
         if not self.trainer.training:  # validation_step may call it too
             return self._step(*args, **kwargs)
+        if self.about_to_run is not None:
+            self.about_to_run()
         rng, buffers = RngState.capture(), self.buffers()
         progress = [state.state_dict() for state in _progress(self.trainer)]
         output = self._step(*args, **kwargs)
@@ -201,23 +211,23 @@ class TrainingLoss:
             raise NotDifferentiableError(
                 f"{name}.training_step gives another loss ({value:.6g}, not {expected:.6g}) when it is run again on "
                 "the same batch with the same random streams and buffers: it changes its batch in place, or depends "
-                "on something that changes, such as a random generator of its own. Use Online() with hyperparameters "
-                "of the optimizer only, which needs no second run."
+                f"on something that changes, such as a random generator of its own{self._advice}"
             )
         if not self._exact:
             return
-        params = [p for p in self._module.parameters() if p.requires_grad and p.grad is not None]
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        params = [p for p in trained if p.grad is not None or self._for_steps]
         own = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
         grads: Sequence[Any] = self.mean(own, params)
         if self.clipping is not None:
             grads = self.clipping.applied(grads)
-        off = sum(float((g - p.grad).norm().square()) for g, p in zip(grads, params, strict=True) if p.grad is not None)
+        pairs = zip(grads, params, strict=True)
+        off = sum(float((g if p.grad is None else g - p.grad).norm().square()) for g, p in pairs)
         size = sum(float(p.grad.norm().square()) for p in params if p.grad is not None)
         if not math.sqrt(off) <= 10.0 * tolerance * math.sqrt(size) + 1e-12:
             raise ConfigurationError(
                 f"The gradients that the optimizer of {name} gets are not those of the loss that training_step "
-                "returns: they are clipped, scaled or changed by a hook on their way. Use Online() with "
-                "hyperparameters of the optimizer only, which takes them as they are."
+                f"returns: they are clipped, scaled or changed by a hook on their way{self._advice}"
             )
 
 

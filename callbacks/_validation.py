@@ -86,6 +86,14 @@ class ValidationLoss:
         Raises:
             ConfigurationError: if `validation_step` changes parameters, which cannot be told from training.
         """
+        for name, part in self.module.named_modules():
+            # By the time of this call the sanity check may have done it to all rows of the first batch.
+            if isinstance(part, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and part.max_norm is not None:
+                raise ConfigurationError(
+                    f"The embedding {name!r} has max_norm={part.max_norm:g}: it scales rows of its weight whenever it "
+                    "looks them up, so that evaluations for hypergradients would change the training. Leave "
+                    "`max_norm` out, and scale what it returns, or let weight decay keep it small."
+                )
         before = [p.detach().clone() for p in self.module.parameters()]
         self.gradient(batch, 0, params, any_of=True)
         if self._others and self.monitor != USUAL_MONITOR:

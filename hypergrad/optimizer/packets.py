@@ -148,7 +148,7 @@ class Packet:
     def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
         """One tensor per parameter, in its shape, of one like `param`; not of a part."""
         if len(self.params) == 1:
-            return [joined]
+            return [joined.view(self.params[0].shape) if self.params[0].dim() == 0 else joined]
         parts = torch.split(joined, [p.numel() for p in self.params])
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
@@ -300,8 +300,13 @@ def _is_flat(optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]) -
 
 
 def _joined(tensors: Sequence[torch.Tensor], part: slice | None = None) -> torch.Tensor:
-    """A fresh copy: the tensor itself, or a part of it, if it is the only one, otherwise all of them end to end."""
+    """A fresh copy: the tensor itself, or a part of it, if it is the only one, otherwise all of them end to end.
+
+    A number comes as a vector of one element: without a dimension it would take the dtype of the hyperparameters.
+    """
     if len(tensors) == 1:
-        (only,) = tensors
-        return (only if part is None else only.reshape(-1)[part]).detach().clone()
+        only = tensors[0].detach()
+        if part is not None or only.dim() == 0:
+            only = only.reshape(-1)[part or slice(None)]
+        return only.clone()
     return torch.cat([t.detach().reshape(-1) for t in tensors])

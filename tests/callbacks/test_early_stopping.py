@@ -192,3 +192,15 @@ def test_the_reason_reaches_the_record_of_a_trial(tmp_path: Path) -> None:
     (record,) = Study(tmp_path / "s", space={"lr": Float(1e-3, 1e-2)}).run(train, 1)
     assert record.state == "complete"
     assert "early stopping after epoch 0" in str(record.reason)
+
+
+def test_a_checkpoint_that_is_validated_between_two_fits_is_not_continued(tmp_path: Path) -> None:
+    rule = EarlyStopping(criterion=Patience(2), restore_best_weights=True)
+    fitted = trainer(tmp_path, callbacks=[rule], max_epochs=3)
+    fitted.fit(Net(lr=0.1), data(), data(seed=1))
+    fitted.save_checkpoint(tmp_path / "first.ckpt")
+    first = rule.best_score
+    trainer(tmp_path, callbacks=[rule]).validate(Net(), data(seed=1), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    trainer(tmp_path, callbacks=[rule], max_epochs=2).fit(Net(lr=1e-6), data(), data(seed=1))
+    assert rule.reason is None
+    assert rule.best_score > first

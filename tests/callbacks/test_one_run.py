@@ -327,3 +327,13 @@ def test_a_race_of_ones_own_that_is_too_long_for_the_run_is_not_run(caplog: pyte
     assert "no race of learning rates (the run has 120 steps, too few" in caplog.text
     assert callback.race is None
     assert callback.cost < 1.5  # an arm more at every step would double it
+
+
+def test_a_validation_after_the_fit_does_not_change_the_report() -> None:
+    callback = tuner(readout=Readout(checkpoints=10))
+    fitted, module = trainer(None, callbacks=[callback], max_epochs=EPOCHS), Net()
+    fitted.fit(module, data(), data(seed=1))
+    before = callback.report()
+    assert "monitored value minus" in before
+    fitted.validate(module, data(seed=7), verbose=False)
+    assert callback.report() == before

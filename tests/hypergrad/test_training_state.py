@@ -131,3 +131,77 @@ def test_copies_move_to_another_device() -> None:
     written = state.state_dict()
     assert {t.device.type for t in written["tensors"].values()} == {"meta"}
     assert {v.device.type for entry in written["states"].values() for v in entry.values()} == {"meta"}
+
+
+@PLACES
+def test_tensors_of_one_memory_are_exchanged_together(on: torch.device | None) -> None:
+    module, optimizer = training()
+    first, last = module.net[0], module.net[2]
+    last.weight.data = first.weight.data[:1].view(1, 3).expand(1, 3)
+    module.register_buffer("same", first.weight.data)
+    state, then = TrainingState(module, optimizer, on), first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight.add_(1.0)
+    state.exchange()
+    assert torch.equal(first.weight, then)
+    state.exchange()
+    assert torch.equal(first.weight, then + 1.0)
+    assert torch.equal(last.weight, then[:1] + 1.0)
+
+
+class InLists(torch.optim.SGD):
+    """Keeps tensors in a list and in a dictionary, and changes them in place."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                kept = self.state[p].setdefault("kept", [torch.zeros_like(p), {"squares": torch.zeros_like(p)}, "name"])
+                kept[0].add_(p.grad)
+                kept[1]["squares"].add_(p.grad.square())
+        return super().step(closure)
+
+
+@PLACES
+def test_state_in_containers_is_kept_apart(on: torch.device | None) -> None:
+    module, optimizer = training(InLists)
+
+    def sums() -> list[float]:
+        kept = [optimizer.state[p]["kept"] for p in module.net.parameters()]
+        assert all(k[2] == "name" for k in kept)
+        return [t.sum().item() for k in kept for t in (k[0], k[1]["squares"])]
+
+    step(module, optimizer, 0)
+    state, then = TrainingState(module, optimizer, on), sums()
+    step(module, optimizer, 1)
+    later = sums()
+    state.exchange()
+    assert sums() == then
+    state.exchange()
+    assert sums() == later
+    for seed in (2, 3):
+        state.install()
+        assert sums() == then
+        step(module, optimizer, seed)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_a_checkpoint_state_goes_to_its_parameter_and_counts_to_the_host(fused: bool) -> None:
+    # As torch's own load_state_dict has it. "meta" stands for an accelerator, the host for where a checkpoint comes to.
+    net = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(())), torch.nn.Parameter(torch.ones(2))])
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=fused)
+    for p in net:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    written = TrainingState(net, optimizer).state_dict()
+    away = torch.nn.ParameterList([torch.nn.Parameter(torch.ones((), device="meta"))])
+    away.append(torch.nn.Parameter(torch.ones(2, device="meta")))
+    there = torch.optim.Adam(away.parameters(), lr=0.1)
+    there.param_groups[0]["fused"] = fused
+    state = TrainingState(away, there)
+    state.load_state_dict(written)
+    for entry in state.state_dict()["states"].values():
+        assert {key: t.device.type for key, t in entry.items()} == {
+            "step": "meta" if fused else "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hypergrad import OptimizerHyperparameter, UnsupportedOptimizerError
+from hypergrad import Online, OptimizerHyperparameter, UnsupportedOptimizerError, hypergradient
 from hypergrad.optimizer.rules import ELEMENTWISE, is_linear_in_lr
 from hypergrad.optimizer.step import Direction, StateVector, check_optimizer, differentiate_step, step_per_lr
 from tests.hypergrad.cells import CELLS, Cell, Problem
@@ -166,3 +166,36 @@ def test_one_secant_gives_the_derivative_of_rules_that_are_linear_in_lr(
     assert secant.keys() == general.keys()
     for p in general:
         torch.testing.assert_close(secant[p], general[p], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.optimizer.__name__ != "Muon"], ids=lambda c: c.name)
+def test_a_parameter_that_is_a_number_has_the_dtype_of_its_own(cell: Cell) -> None:
+    # Hyperparameters are float64 numbers, and so would be what torch computes of them and of a float32 one.
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        params = [torch.nn.Parameter(torch.tensor(v, dtype=dtype)) for v in (0.7, [0.3, -0.2])]
+        optimizer = cell.optimizer(params, **cell.settings)
+        for gradient in (0.5, -0.4, 0.3):
+            for p in params:
+                p.grad = torch.full_like(p, gradient)
+            optimizer.step()
+        result = differentiate_step(optimizer, Direction({(0, OptimizerHyperparameter(cell.accepted[0])): 1.0}))
+        assert all(t.shape == p.shape and t.dtype == dtype for p, t in result.params.items())
+        found.append([result.params[p].double() for p in params])
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("closed_forms", [True, False])
+def test_a_parameter_without_elements_changes_nothing(kind: type[torch.optim.Optimizer], closed_forms: bool) -> None:
+    def measured(*more: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        weight = torch.nn.Parameter(torch.tensor([0.3, -0.2]))
+        module = torch.nn.ParameterList([*more, weight])
+        optimizer = kind(module.parameters(), lr=0.1)  # type: ignore[call-arg]
+        loss = lambda m: sum((p - 1.0).square().sum() for p in m.parameters())
+        return hypergradient(module, optimizer, [loss] * 3, loss, ["lr", "weight_decay"], Online(closed_forms)).grads
+
+    alone = measured()
+    for name, value in measured(torch.nn.Parameter(torch.empty(0))).items():
+        torch.testing.assert_close(value, alone[name])
