@@ -17,9 +17,11 @@ oldest: $(OLDEST)/.installed  ## the tests with the oldest versions that pyproje
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest -q -W default tests --ignore tests/test_package.py \
 	    --ignore tests/examples
 
-gpu: $(STAMP)  ## tests and benchmark that need a CUDA device
+gpu: $(STAMP)  ## tests and benchmarks that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python examples/benchmarks/overhead.py --device cuda
+	$(BIN)/python examples/benchmarks/footprint.py --device cuda
+	$(BIN)/python examples/benchmarks/footprint.py --device cuda --crowded
 
 benchmark: $(STAMP)  ## time of a tuned run against a plain one
 	$(BIN)/python examples/benchmarks/overhead.py
