@@ -9,9 +9,11 @@ OLDEST := .venv-oldest
 demo: $(STAMP)  ## train once, come out tuned: digits, plain against tuned against a random search
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py
 
-# One process per core with one thread each: threads of several would wait for each other.
+# Processes with one thread each: threads of several would wait for each other. Two more than cores, for the tests of the
+# search mostly wait for trials.
 test: $(STAMP)  ## linters, types, import rules, doctests, README and the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile \
+	    -n $$($(BIN)/python -c 'import os; print(min((os.cpu_count() or 1) + 2, 8))')
 
 oldest: $(OLDEST)/.installed  ## the tests with the oldest versions that pyproject.toml allows; linters and examples aside
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest -q -W default tests --ignore tests/test_package.py \

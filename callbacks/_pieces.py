@@ -242,6 +242,11 @@ class Pieces:
             rank_zero_warn(f"HyperGradient: no race of learning rates: {error}. Training goes on with the one it has.")
             self._give_up()
 
+    def validated(self) -> None:
+        """The Trainer has been through its validation data."""
+        if self._heat is not None:
+            self._heat.validated()
+
     def _about_to_run(self) -> None:
         if self._heat is None:
             return
@@ -251,9 +256,11 @@ class Pieces:
             self._cancel(error)
 
     def _cancel(self, error: HypergradError) -> None:
+        under_way = self._heat is not None and bool(self._heat.scores)
+        what = f"the race of learning rates ends at {self._heat.winner:.3g}" if under_way and self._heat else ""
         rank_zero_info(
-            f"HyperGradient: no race of learning rates, for the training step cannot be run again ({error}); lr is "
-            "learned by hypergradients instead."
+            f"HyperGradient: {what or 'no race of learning rates'}, for the training step cannot be run again "
+            f"({error}); lr is learned by hypergradients instead."
         )
         self._give_up()
 

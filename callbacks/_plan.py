@@ -237,8 +237,10 @@ def _steps(trainer: pl.Trainer) -> int | None:
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if not schedules or epochs is None or epochs < 0 or not math.isfinite(batches):
         return int(total)
-    accumulated = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs))
-    steps = sum(math.ceil(batches / count) for count in accumulated)
+    counts = sorted(schedules[0].scheduling.items())
+    ends = [*(epoch for epoch, _ in counts[1:]), math.inf]
+    lengths = [max(min(end, epochs) - begin, 0) for (begin, _), end in zip(counts, ends, strict=True)]
+    steps = int(sum(n * math.ceil(batches / count) for n, (_, count) in zip(lengths, counts, strict=True)))
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 

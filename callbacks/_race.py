@@ -23,6 +23,7 @@ from hypergrad import (
     live_tensors,
     write_tensors,
 )
+from hypergrad.callbacks._agreement import anyone
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._placement import beside, room
 from hypergrad.callbacks._training import StepLoss
@@ -35,8 +36,8 @@ class NoScoreError(HypergradError):
 class ChangedOutsideError(HypergradError):
     """Something changes between steps, as a hook makes it, and would not do so in the arms that stand by."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name!r} changes outside of it, by a hook that trainings which stand by would not run")
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} outside of it, by a hook that trainings which stand by would not run")
 
 
 class Heat:
@@ -79,6 +80,7 @@ class Heat:
         self._averaged = 0
         self._first_loss = math.nan
         self._losses: dict[int, float] = {}
+        self._fallen: list[int] = []  # since the last rung
         self._step = 0
         self._left: dict[str, torch.Tensor] = {}  # as the last step left them
         self._still: dict[str, torch.Tensor] = {}  # those of them that the next one does not move either
@@ -105,7 +107,9 @@ class Heat:
             UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
             ChangedOutsideError: see `before_step`; the same.
         """
-        self._compare(self._still)
+        stepped = self._stepped()
+        live = live_tensors(self._module) if self._still else {}
+        self._compare({name: t for name, t in self._still.items() if live.get(name) not in stepped})
         self._step += 1
         if not self._is_placed:
             self._place()
@@ -115,16 +119,18 @@ class Heat:
             self._losses[self.live] = loss.value
             params = [p for group in self._attachment.optimizer.param_groups for p in group["params"]]
             grads = [p.grad for p in params]
-            for arm, state in self._states.items():
-                state.exchange()
-                try:
-                    self._losses[arm] = self._take_step(arm, loss, params)
-                    self._add_to_mean(arm)
-                finally:
+            try:
+                for arm, state in self._states.items():
                     state.exchange()
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            self._attachment.place_lr(self._offset(self.live))
+                    try:
+                        self._losses[arm] = self._take_step(arm, loss, params)
+                        self._add_to_mean(arm)
+                    finally:
+                        state.exchange()
+            finally:
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = grad
+                self._attachment.place_lr(self._offset(self.live))
             if math.isnan(self._first_loss):
                 self._first_loss = self._losses[self.live]
             self._drop_fallen()
@@ -143,20 +149,31 @@ class Heat:
         left, self._left = self._left, {}
         self._compare(left)
 
+    def validated(self) -> None:
+        """A validation has been run since the last step, which may have changed buffers that only it uses."""
+        params = dict(self._module.named_parameters()).keys()
+        self._left = {name: t for name, t in self._left.items() if name in params}
+
+    def _stepped(self) -> set[torch.Tensor]:
+        groups = self._attachment.optimizer.param_groups
+        return {p for group in groups for p in group["params"] if p.requires_grad}
+
     def _remember(self) -> None:
         """Where everything stands that no optimizer moves, and after the first steps the rest as well."""
-        stepped = {p for group in self._attachment.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        stepped, params = self._stepped(), dict(self._module.named_parameters()).keys()
         live = live_tensors(self._module) if len(self._standing) > 1 else {}
+        # Several processes begin every step with the buffers of the first.
+        several = self._trainer.world_size > 1
+        live = {name: t for name, t in live.items() if t.layout == torch.strided and (name in params or not several)}
         self._left = {name: copied(t) for name, t in live.items() if self._averaged <= 2 or t not in stepped}
-        still = dict(self._module.named_parameters()).keys() & self._left.keys()
-        self._still = {name: self._left[name] for name in still if live[name] not in stepped}
+        self._still = {name: t for name, t in self._left.items() if name in params and live[name] not in stepped}
 
     def _compare(self, left: dict[str, torch.Tensor]) -> None:
         live = live_tensors(self._module) if left else {}
-        for name, then in left.items():
-            now = live.get(name)
-            if now is None or now.shape != then.shape or not torch.allclose(now, then, 0.0, 0.0, equal_nan=True):
-                raise ChangedOutsideError(name)
+        found = next((name for name, then in left.items() if not _same(live.get(name), then)), "")
+        # All processes or none.
+        if anyone(self._trainer, bool(found)):
+            raise ChangedOutsideError(f"{found!r} changes" if found else "something changes in another process,")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the race stands."""
@@ -170,6 +187,7 @@ class Heat:
             "means": {arm: dict(mean) for arm, mean in self._means.items()},
             "numbers": [self._averaged, self._first_loss, self._step],
             "losses": dict(self._losses),
+            "fallen": list(self._fallen),
             "untrained": self.untrained,
         }
 
@@ -189,6 +207,7 @@ class Heat:
         }
         self._averaged, self._first_loss, self._step = state["numbers"]
         self._losses = dict(state["losses"])
+        self._fallen = list(state.get("fallen", []))
         self.untrained = state.get("untrained", math.nan)  # older versions did not know it
 
     def _here(self) -> TrainingState:
@@ -198,9 +217,9 @@ class Heat:
         """Take the arms that stand by to the device, if that leaves half of its room."""
         self._is_placed = True
         device = self._module.device
-        weights = sum(t.nbytes for t in live_tensors(self._module).values())
+        weights = sum(t.numel() * t.element_size() for t in live_tensors(self._module).values())
         entries = [v for state in self._attachment.optimizer.state.values() for v in state.values()]
-        kept = sum(v.nbytes for v in entries if isinstance(v, torch.Tensor))
+        kept = sum(v.numel() * v.element_size() for v in entries if isinstance(v, torch.Tensor))
         arms = len(self._standing)
         needed, left = (arms - 1) * (weights + kept) + arms * weights, room(device)
         if needed <= left / 2:
@@ -220,6 +239,10 @@ class Heat:
     def _take_step(self, arm: int, loss: StepLoss, params: list[torch.Tensor]) -> float:
         trained = [p for p in params if p.requires_grad]
         value, grads, buffers = loss.gradients(trained)
+        if self._averaged == 1:
+            taken = any(g is not None and p.grad is None for p, g in zip(trained, grads, strict=True))
+            if anyone(self._trainer, taken):
+                raise ChangedOutsideError("a gradient is taken away")
         for p, grad in zip(trained, grads, strict=True):
             p.grad = grad
         self._module.configure_gradient_clipping(
@@ -263,6 +286,7 @@ class Heat:
         limit = 4.0 * abs(self._first_loss) + 3.0
         fallen = [a for a in self._standing if not self._losses.get(a, 0.0) <= limit]
         if fallen and len(fallen) < len(self._standing):
+            self._fallen += fallen
             rest = [a for a in self._standing if a not in fallen]
             self._keep(rest, min(rest, key=lambda a: (self._losses.get(a, math.inf), a)))
 
@@ -276,7 +300,9 @@ class Heat:
                 state.exchange()
         if not any(map(math.isfinite, scores.values())):
             raise NoScoreError(f"the validation loss is no number for any learning rate, at step {self._step}")
-        self.scores.append({self.rates[arm]: score for arm, score in scores.items()})
+        everyone = {**dict.fromkeys(self._fallen, math.inf), **scores}
+        self.scores.append({self.rates[arm]: score for arm, score in sorted(everyone.items())})
+        self._fallen = []
         self._means, self._averaged = {}, 0
         self._is_placed = self._on is None  # fewer may find room
         kept = boldest_arms(scores, self.rates, keep, self.untrained)
@@ -311,3 +337,9 @@ class Heat:
         self._standing = list(arms)
         self._states = {arm: state for arm, state in self._states.items() if arm in arms}
         self._means = {arm: mean for arm, mean in self._means.items() if arm in arms}
+
+
+def _same(now: torch.Tensor | None, then: torch.Tensor) -> bool:
+    if now is None or (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
+        return False
+    return torch.allclose(now, then, 0.0, 0.0, equal_nan=True)

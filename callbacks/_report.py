@@ -26,6 +26,7 @@ class Facts:
         predicted: by checkpoint, the change of the validation loss since the last one, as hypergradients foretold it.
         monitored: step and monitored value of each validation of the Trainer that is not the hyper-validation data.
         steps: optimizer steps made.
+        sign: -1 where a larger validation value is the better one.
     """
 
     first: Mapping[str, float]
@@ -39,6 +40,7 @@ class Facts:
     rewound: Sequence[tuple[int, int]]
     cost: float
     steps: int
+    sign: float = 1.0
 
 
 def report(facts: Facts) -> str:
@@ -97,11 +99,15 @@ def _race(facts: Facts) -> Iterable[str]:
         return
     yield f"lr {facts.race['lr']:.3g} won the race; validation losses of its rungs:"
     for rung in facts.race["scores"]:
-        yield "    " + ", ".join(f"{lr:.3g}: {score:.4g}" for lr, score in sorted(rung.items()))
+        yield "    " + ", ".join(f"{lr:.3g}: {_score(score)}" for lr, score in sorted(rung.items()))
     placed = facts.race.get("weight_decay", [])  # a checkpoint from before there was a timescale has none
     if placed:
         span = f"{min(placed):.3g}" if min(placed) == max(placed) else f"{min(placed):.3g} to {max(placed):.3g}"
         yield f"weight decay then started at {span}, by the timescale"
+
+
+def _score(score: float) -> str:
+    return f"{score:.4g}" if math.isfinite(score) else "blew up"
 
 
 def _learned(facts: Facts) -> Iterable[str]:
@@ -131,6 +137,13 @@ def _weights(facts: Facts) -> Iterable[str]:
         yield line
 
 
+def _has_gained(facts: Facts) -> bool:
+    """Whether the validation loss fell over the updates; True while there are few of them."""
+    losses = [facts.sign * u.val_loss for u in facts.history if math.isfinite(u.val_loss)]
+    third = len(losses) // 3
+    return third < _LEAST or statistics.mean(losses[-third:]) < statistics.mean(losses[:third])
+
+
 def _drift(facts: Facts) -> Iterable[str]:
     """Meta-overfitting: what was tuned on becomes better than what was not."""
     scores = {step: raw for step, raw, _ in facts.readings} or {u.step: u.val_loss for u in facts.history}
@@ -146,8 +159,9 @@ def _drift(facts: Facts) -> Iterable[str]:
 def _verdict(facts: Facts) -> Iterable[str]:
     untrained = math.nan
     if facts.race is not None:
-        rates = list(facts.race["scores"][0]) if facts.race["scores"] else []
-        untrained = facts.race["scores"][0][min(rates)] if rates else math.nan  # hardly anything moves there
+        rungs = facts.race["scores"]
+        untrained = rungs[0][min(rungs[0])] if rungs else math.nan  # hardly anything moves there
+        rates = {rate for rung in rungs for rate in rung}  # with the forks, and with those that blew up
         if rates and not min(rates) < facts.race["lr"] < max(rates):
             yield "the best learning rate is at the edge of those that raced: give Race(rates=...) a wider range"
     best = facts.ended_with
@@ -160,6 +174,11 @@ def _verdict(facts: Facts) -> Iterable[str]:
         yield (
             f"the best weights came at {best.step} of {facts.steps} steps: the run overfits, and a shorter one or more "
             "regularisation would do"
+        )
+    if not facts.readings and not _has_gained(facts):
+        yield (
+            "in the end the validation loss was no better than at first: a run of at least some 400 steps also races "
+            "learning rates and goes back when it goes wrong; or learn less, or start from a lower learning rate"
         )
     for label in facts.last:
         sure = sureness(facts.history, label)

@@ -160,6 +160,7 @@ class Run:
                 rewound=self.rewound,
                 cost=self.cost,
                 steps=self.steps,
+                sign=self._settings.sign,
             )
         )
 
@@ -169,6 +170,8 @@ class Run:
 
     def validated(self) -> None:
         """The Trainer has been through its validation data."""
+        if self._pieces is not None:
+            self._pieces.validated()
         value = self.trainer.callback_metrics.get(self._settings.monitor)
         fits = self.trainer.state.fn == "fit"  # who validates afterwards may do so on anything
         if value is not None and self._settings.val_dataloaders is not None and self.steps and fits:

@@ -20,8 +20,8 @@ from hypergrad import (
     NotDifferentiableError,
     RngState,
     SharedLoss,
+    is_within,
     loss_hyperparameters,
-    place_of,
     preserved_rng,
 )
 from hypergrad.callbacks._agreement import anyone, mean, mean_rows
@@ -71,7 +71,6 @@ class TrainingLoss:
         self._step: Callable[..., Any] = module.training_step
         self._own = module.__dict__.get("training_step")  # of the instance, which is rare
         self._learned = {id(m.value) for m in loss_hyperparameters(module).values()}
-        self._views = _views(module)
         module.__dict__["training_step"] = _Recorder(self, module, self._step)
 
     @property
@@ -164,6 +163,7 @@ class TrainingLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a call, from the buffers of then or from other ones; and what it makes of those other ones."""
         trainer, module = self.trainer, self._module
+        before = {n for n, _ in module.named_buffers()}
         with (
             preserved_rng(),
             quietly(trainer, module),
@@ -175,7 +175,9 @@ class TrainingLoss:
             self._put_buffers(call.buffers if buffers is None else buffers)
             with trainer.precision_plugin.train_step_context():
                 output = self._step(*call.args, **call.kwargs)
+            # Inside, each has memory of its own: which are parts of others was to be seen outside.
             after = {} if buffers is None else self.buffers()
+            after = {n: b for n, b in after.items() if n in (buffers or ()) or n not in before}
         loss = _loss_of(output)
         if loss is None or not loss.requires_grad:
             raise NotDifferentiableError(
@@ -185,10 +187,16 @@ class TrainingLoss:
         return loss.reshape(()), after
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Copies of the module's buffers, by name, but for views of others."""
+        """Copies of the module's buffers, by name, but for those that are part of a parameter or of another buffer."""
         # Values of hyperparameters are no state of the step: they are what it is differentiated with respect to.
-        apart = {n: b for n, b in self._module.named_buffers() if id(b) not in self._learned and n not in self._views}
-        return {n: b.detach().clone() for n, b in apart.items()}
+        buffers = {n: b for n, b in self._module.named_buffers() if id(b) not in self._learned}
+        wholes: list[torch.Tensor] = list(self._module.parameters()) if buffers else []
+        found = {}
+        for name, b in sorted(buffers.items(), key=lambda item: -item[1].numel()):
+            if not any(is_within(b, whole) for whole in wholes if whole is not b):
+                found[name] = b.detach().clone()
+            wholes.append(b)
+        return found
 
     @torch.no_grad()
     def _put_buffers(self, then: dict[str, torch.Tensor]) -> None:
@@ -215,10 +223,12 @@ class TrainingLoss:
             )
         if not self._exact:
             return
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        params = [p for p in trained if p.grad is not None or self._for_steps]
-        own = torch.autograd.grad(again(), params, allow_unused=True, materialize_grads=True)
-        grads: Sequence[Any] = self.mean(own, params)
+        # What no optimizer moves may have any gradient.
+        stepped = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
+        params = [p for p in dict.fromkeys(stepped) if p.grad is not None or self._for_steps]
+        scale = self.loss_scale
+        own = torch.autograd.grad(scale * again(), params, allow_unused=True, materialize_grads=True)
+        grads: Sequence[Any] = self.mean([g if scale == 1.0 else g / scale for g in own], params)
         if self.clipping is not None:
             grads = self.clipping.applied(grads)
         pairs = zip(grads, params, strict=True)
@@ -313,17 +323,6 @@ def _at(trainer: pl.Trainer, progress: list[dict[str, Any]]) -> Iterator[None]:
     finally:
         for state, then in zip(states, now, strict=True):
             state.load_state_dict(then)
-
-
-def _views(module: pl.LightningModule) -> set[str]:
-    """Names of buffers that share the memory of a parameter or of a larger buffer, and change with it."""
-    taken = {place_of(p) for p in module.parameters() if p.numel()}
-    views = set()
-    for name, b in sorted(module.named_buffers(), key=lambda pair: -pair[1].numel()):
-        if b.numel() and place_of(b) in taken:
-            views.add(name)
-        taken.add(place_of(b))
-    return views
 
 
 def _progress(trainer: pl.Trainer) -> list[Any]:

@@ -273,11 +273,13 @@ class HyperGradient(pl.Callback):
         """Say what was learned and what it cost."""
         if self._run is not None:
             self._run.finish()
+            self._write_last(self._run.trainer)
         rank_zero_info(self.summary())
         self._detach()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         """Leave the optimizers as they were found."""
+        self._write_last(trainer)
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -319,7 +321,6 @@ class HyperGradient(pl.Callback):
             self._moved = True
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
             if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
-                self._logged_at = self._run.steps
                 self._write(trainer, update)
 
     def _tell(self, trainer: pl.Trainer) -> None:
@@ -330,7 +331,15 @@ class HyperGradient(pl.Callback):
             for logger in trainer.loggers:
                 log_scalars(logger, scalars, step)
 
+    def _write_last(self, trainer: pl.Trainer) -> None:
+        """What was learned since it was logged last: the end of a curve is what counts."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        history = [] if self._run is None else self._run.history
+        if every > 0 and history and history[-1].step > self._logged_at:
+            self._write(trainer, history[-1])
+
     def _write(self, trainer: pl.Trainer, update: Update) -> None:
+        self._logged_at = update.step
         for logger in trainer.loggers:
             log_scalars(logger, update.scalars(), update.step)
 

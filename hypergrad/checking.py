@@ -161,16 +161,22 @@ class _Run(Generic[ModelT]):
         else:
             value = float(what.value.reshape(-1)[self.index])
         room = min(value, 1.0 - value) if 0.0 < value < 1.0 else abs(value) or 1e-3
-        table = []
+        table, rounding = [], []
         for relative in _STEPS:
             h = relative * room
-            table.append((self.value_at(value + h) - self.value_at(value - h)) / (2 * h))
-        spread = [max(abs(table[i] - table[i - 1]), abs(table[i] - table[i + 1])) for i in range(1, len(table) - 1)]
+            (above, digit), (below, _) = self.value_at(value + h), self.value_at(value - h)
+            table.append((above - below) / (2 * h))
+            rounding.append(digit / (2 * h))
+        spread = [
+            max(abs(table[i] - table[i - 1]), abs(table[i] - table[i + 1]), rounding[i])
+            for i in range(1, len(table) - 1)
+        ]
         finite = [s if math.isfinite(s) else math.inf for s in spread]
         best = finite.index(min(finite))
         return table[best + 1], finite[best]
 
-    def value_at(self, value: float) -> float:
+    def value_at(self, value: float) -> tuple[float, float]:
+        """The validation loss, and what its last digit stands for."""
         what, optimizer = self.hyperparameter, self.optimizer
         own = [what] if isinstance(what, OptimizerHyperparameter) else []
         with preserved(optimizer, self.model, parameters=True), preserved_rng(), split_where_asked(optimizer, own):
@@ -180,7 +186,8 @@ class _Run(Generic[ModelT]):
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss(self.model))
                 raw_step(self.optimizer)
-            return self.val_loss(self.model).item()
+            found = self.val_loss(self.model)
+            return found.item(), abs(found.item()) * torch.finfo(found.dtype).eps
 
     def _write(self, value: float) -> None:
         if isinstance(self.hyperparameter, OptimizerHyperparameter):

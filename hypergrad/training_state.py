@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -147,8 +148,11 @@ def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A copy of plain containers in which every tensor is changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if type(value) is dict:
-        return {key: _each(item, change) for key, item in value.items()}
+    if isinstance(value, dict):
+        result = copy.copy(value)  # of its own class
+        for key, item in value.items():
+            result[key] = _each(item, change)
+        return result
     if type(value) in (list, tuple):
         return type(value)(_each(item, change) for item in value)
     return value
@@ -188,7 +192,7 @@ def exchange_tensors(
     sharing: dict[object, list[tuple[str, torch.Tensor]]] = {}
     for name, t in live_tensors(module).items():
         if name in values:
-            sharing.setdefault(place_of(t) if t.numel() else name, []).append((name, t))
+            sharing.setdefault(place_of(t), []).append((name, t))
     for tensors in sharing.values():
         before = {name: copied(t, on) for name, t in tensors}
         for name, t in tensors:
@@ -196,13 +200,31 @@ def exchange_tensors(
         values.update(before)
 
 
-def place_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
+def place_of(tensor: torch.Tensor) -> tuple[object, int]:
     """The memory that a tensor is a view of: alike for tensors that share it."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return "apart", id(tensor)
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
+def is_within(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether all the memory of a tensor lies between the first and the last element of another one."""
+    if part is whole or place_of(part) != place_of(whole):
+        return part is whole
+    (begin, end), (first, last) = _span(part), _span(whole)
+    return first <= begin and end <= last
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of the first and the last element, in the storage."""
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
+
+
 def _write(module: torch.nn.Module, name: str, live: torch.Tensor, value: torch.Tensor) -> None:
-    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(live.shape, live.stride(), strict=True))
+    strides = live.stride() if live.layout == torch.strided else ()
+    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(live.shape, strides, strict=False))
     if live.shape == value.shape and not is_expanded:
         live.copy_(value)
     elif live.shape != value.shape or not torch.equal(live, value.to(live.device)):  # a buffer that has grown

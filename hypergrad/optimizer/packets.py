@@ -118,7 +118,12 @@ class Packet:
             k: v.to(device) if isinstance(v, torch.Tensor) and k not in counters else v
             for k, v in state["state"].items()
         }
-        return cls(state["group"], own, state["param"].to(device), state["grad"].to(device), placed, counters)
+        param, grad = state["param"].to(device), state["grad"].to(device)
+        if param.dim() == 0:  # older versions wrote a number so
+            param, grad = param.reshape(1), grad.reshape(1)
+            apart = {k for k, v in placed.items() if isinstance(v, torch.Tensor) and k not in counters}
+            placed = {k: v.reshape(1) if k in apart else v for k, v in placed.items()}
+        return cls(state["group"], own, param, grad, placed, counters)
 
     def is_counter(self, key: str, value: torch.Tensor) -> bool:
         """Whether an entry of the state, which the step may just have made, is one number for all parameters."""

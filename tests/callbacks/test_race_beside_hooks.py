@@ -115,6 +115,86 @@ def test_without_the_race_the_training_is_the_plain_one(
     assert_equal(weights(raced), weights(plain))
 
 
+class Unfreezes(Net):
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.trainer.current_epoch >= 1)
+
+
+class Partly(Net):
+    """Of what has a gradient the optimizer has some, and what it clips is measured on that alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.before = torch.nn.Linear(5, 5)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss((self.before(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), **self.settings)
+
+
+class CountsValidations(Net):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("validations", torch.zeros(()))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += 1
+
+
+class Slices(Net):
+    """Buffers of one memory that are apart, and a sparse one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first, second = torch.zeros(2, 3).unbind()
+        self.register_buffer("first", first)
+        self.register_buffer("second", second)
+        self.register_buffer("graph", torch.eye(5).to_sparse())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.first += 1
+        self.second += 2
+        return super().training_step((torch.sparse.mm(self.graph, batch[0].T).T, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Unfreezes, {}),
+        (Partly, {"gradient_clip_val": 0.1}),
+        (Partly, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+        (CountsValidations, {"val_check_interval": 1}),
+        (Slices, {}),
+    ],
+    ids=["unfreezes", "partly, clipped by norm", "by value", "counts validations", "slices"],
+)
+def test_what_is_ordinary_has_a_race(kind: type[Net], options: dict[str, Any]) -> None:
+    callback, module = tuner(race=RACE), kind(lr=1e-6)
+    fit(module, callback, **options)
+    assert callback.race is not None
+    assert len(callback.race["scores"]) == 3
+    if kind is Slices:
+        assert [module.first[0].item(), module.second[0].item()] == [120.0, 240.0]
+
+
+def test_a_buffer_whose_dtype_a_hook_changes_ends_the_race(caplog: pytest.LogCaptureFixture) -> None:
+    class Changes(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen = self.seen + 0.5
+
+    callback = tuner(race=RACE)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(Changes(), callback)
+    assert callback.race is None
+    assert "'seen' changes outside of it" in caplog.text
+
+
 class TiedByData(Net):
     """Two parameters of one memory."""
 

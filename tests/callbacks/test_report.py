@@ -47,6 +47,14 @@ def test_a_run_that_went_well_has_no_advice() -> None:
     ("change", "advice"),
     [
         ({"race": {"lr": 0.1, "scores": [{1e-3: 2.0, 1e-1: 1.0}]}}, "wider range"),
+        (
+            {
+                "readings": [],
+                "race": None,
+                "history": [replace(u, val_loss=1.0 + u.step) for u in updates([1.0] * 20, 1.0)],
+            },
+            "no better than at first: a run of at least",
+        ),
         ({"ended_with": Best(0.1, "raw", 200)}, "the best weights came at 200 of 700 steps: the run overfits"),
         ({"readings": [(100, 1.0, 1.1), (700, 1.99, 1.9)]}, "in the end the network was no better than an untrained"),
         ({"history": updates([1.0, -1.0] * 5, 0.01)}, "weight_decay hardly matters here"),
@@ -73,3 +81,16 @@ def test_too_few_numbers_say_nothing() -> None:
 
 def test_sureness_counts_changes_of_sign() -> None:
     assert sureness(updates([1.0, 1.0, -1.0, -1.0, 1.0], 0.3), "weight_decay") == (0.3, 0.5)
+
+
+def test_rates_between_those_that_lost_and_forks_are_not_at_the_edge() -> None:
+    fork = {"lr": 0.1, "scores": [{1e-3: 2.0, 1e-1: 1.0}, {3e-2: 0.9, 0.1: 0.8, 0.3: 0.85}]}
+    assert "wider range" not in report(replace(FACTS, race=fork))
+    text = report(replace(FACTS, race={"lr": 0.1, "scores": [{1e-3: 2.0, 1e-1: 1.0, 1.0: float("inf")}]}))
+    assert "wider range" not in text
+    assert "1: blew up" in text
+
+
+def test_a_larger_value_that_is_better_is_no_loss() -> None:
+    rising = [replace(u, val_loss=1.0 + u.step) for u in updates([1.0] * 20, 1.0)]
+    assert "no better" not in report(replace(FACTS, readings=[], race=None, history=rising, sign=-1.0))

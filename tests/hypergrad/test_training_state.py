@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 
-from hypergrad import ConfigurationError, Hyperparameter, TrainingState, live_tensors
+from hypergrad import ConfigurationError, Hyperparameter, TrainingState, is_within, live_tensors
 
 # As on an accelerator, whose copies stand by on another device: what belongs where is written down for each.
 PLACES = pytest.mark.parametrize("on", [None, torch.device("cpu")], ids=["in place", "elsewhere"])
@@ -149,13 +150,28 @@ def test_tensors_of_one_memory_are_exchanged_together(on: torch.device | None) -
     assert torch.equal(last.weight, then[:1] + 1.0)
 
 
+def test_memory_within_another() -> None:
+    whole = torch.zeros(4, 3)
+    first, second = whole[:2], whole[2:]
+    assert is_within(first, whole)
+    assert is_within(whole[:, 1], whole)
+    assert is_within(whole, whole.view(-1))
+    assert not is_within(whole, first)
+    assert not is_within(first, second)
+    assert not is_within(torch.zeros(3), whole)
+    assert not is_within(torch.eye(2).to_sparse(), whole)
+    assert not is_within(torch.zeros(0), torch.zeros(0))
+
+
 class InLists(torch.optim.SGD):
     """Keeps tensors in a list and in a dictionary, and changes them in place."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
-                kept = self.state[p].setdefault("kept", [torch.zeros_like(p), {"squares": torch.zeros_like(p)}, "name"])
+                kept = self.state[p].setdefault(
+                    "kept", [torch.zeros_like(p), OrderedDict(squares=torch.zeros_like(p)), "name"]
+                )
                 kept[0].add_(p.grad)
                 kept[1]["squares"].add_(p.grad.square())
         return super().step(closure)
