@@ -17,7 +17,6 @@ from hypergrad import (
     TrainingState,
     UnsupportedOptimizerError,
     boldest_arms,
-    copied,
     exchange_tensors,
     has_learned,
     live_tensors,
@@ -27,6 +26,8 @@ from hypergrad.callbacks._agreement import anyone
 from hypergrad.callbacks._attachment import Attachment
 from hypergrad.callbacks._placement import beside, room
 from hypergrad.callbacks._training import StepLoss
+
+_Mark = tuple[str, ...]
 
 
 class NoScoreError(HypergradError):
@@ -82,8 +83,8 @@ class Heat:
         self._losses: dict[int, float] = {}
         self._fallen: list[int] = []  # since the last rung
         self._step = 0
-        self._left: dict[str, torch.Tensor] = {}  # as the last step left them
-        self._still: dict[str, torch.Tensor] = {}  # those of them that the next one does not move either
+        self._left: dict[str, _Mark] = {}  # as the last step left them
+        self._still: dict[str, _Mark] = {}  # those of them that the next one does not move either
 
     @property
     def is_over(self) -> bool:
@@ -165,12 +166,12 @@ class Heat:
         # Several processes begin every step with the buffers of the first.
         several = self._trainer.world_size > 1
         live = {name: t for name, t in live.items() if t.layout == torch.strided and (name in params or not several)}
-        self._left = {name: copied(t) for name, t in live.items() if self._averaged <= 2 or t not in stepped}
-        self._still = {name: t for name, t in self._left.items() if name in params and live[name] not in stepped}
+        self._left = {name: _mark(t) for name, t in live.items() if self._averaged <= 2 or t not in stepped}
+        self._still = {name: m for name, m in self._left.items() if name in params and live[name] not in stepped}
 
-    def _compare(self, left: dict[str, torch.Tensor]) -> None:
+    def _compare(self, left: dict[str, _Mark]) -> None:
         live = live_tensors(self._module) if left else {}
-        found = next((name for name, then in left.items() if not _same(live.get(name), then)), "")
+        found = next((name for name, then in left.items() if name not in live or _mark(live[name]) != then), "")
         # All processes or none.
         if anyone(self._trainer, bool(found)):
             raise ChangedOutsideError(f"{found!r} changes" if found else "something changes in another process,")
@@ -339,7 +340,14 @@ class Heat:
         self._means = {arm: mean for arm, mean in self._means.items() if arm in arms}
 
 
-def _same(now: torch.Tensor | None, then: torch.Tensor) -> bool:
-    if now is None or (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
-        return False
-    return torch.allclose(now, then, 0.0, 0.0, equal_nan=True)
+def _mark(tensor: torch.Tensor) -> _Mark:
+    """What tells a tensor from itself after a change, without a copy of it."""
+    values = tensor.detach()
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if not values.is_floating_point():
+        values = values.double()
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    size, total = torch.linalg.vector_norm(values, dtype=wide), values.sum(dtype=wide)
+    # Words, for no number equals itself if it is none.
+    return tuple(map(str, (tensor.shape, tensor.dtype, tensor.device, size.item(), total.item())))
