@@ -76,6 +76,8 @@ class Heat:
         self._standing = list(range(len(self.rates)))
         self._on = beside(module.device)
         self._is_placed = False
+        # Of what nothing trains, such as the weights beside an adapter, arms have no copies.
+        self._frozen = {n for n, p in module.named_parameters() if not p.requires_grad and p not in self._held()}
         self._states = {arm: self._here() for arm in self._standing[1:]}
         self._means: dict[int, dict[str, torch.Tensor]] = {}
         self._averaged = 0
@@ -108,6 +110,9 @@ class Heat:
             UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
             ChangedOutsideError: see `before_step`; the same.
         """
+        thawed = [n for n, p in self._module.named_parameters() if n in self._frozen and p in self._held()]
+        if thawed:
+            raise ChangedOutsideError(f"the optimizer is given {thawed[0]!r}")
         stepped = self._stepped()
         live = live_tensors(self._module) if self._still else {}
         self._compare({name: t for name, t in self._still.items() if live.get(name) not in stepped})
@@ -156,8 +161,10 @@ class Heat:
         self._left = {name: t for name, t in self._left.items() if name in params}
 
     def _stepped(self) -> set[torch.Tensor]:
-        groups = self._attachment.optimizer.param_groups
-        return {p for group in groups for p in group["params"] if p.requires_grad}
+        return {p for p in self._held() if p.requires_grad}
+
+    def _held(self) -> set[torch.Tensor]:
+        return {p for group in self._attachment.optimizer.param_groups for p in group["params"]}
 
     def _remember(self) -> None:
         """Where everything stands that no optimizer moves, and after the first steps the rest as well."""
@@ -212,13 +219,14 @@ class Heat:
         self.untrained = state.get("untrained", math.nan)  # older versions did not know it
 
     def _here(self) -> TrainingState:
-        return TrainingState(self._module, self._attachment.optimizer, self._on)
+        return TrainingState(self._module, self._attachment.optimizer, self._on, frozen=False)
 
     def _place(self) -> None:
         """Take the arms that stand by to the device, if that leaves half of its room."""
         self._is_placed = True
         device = self._module.device
-        weights = sum(t.numel() * t.element_size() for t in live_tensors(self._module).values())
+        live = live_tensors(self._module).items()
+        weights = sum(t.numel() * t.element_size() for name, t in live if name not in self._frozen)
         entries = [v for state in self._attachment.optimizer.state.values() for v in state.values()]
         kept = sum(v.numel() * v.element_size() for v in entries if isinstance(v, torch.Tensor))
         arms = len(self._standing)

@@ -22,15 +22,22 @@ class TrainingState:
         module: whose parameters and buffers are copied.
         optimizer: whose state is copied, for the parameters that it has then.
         on: the device that keeps the copies; None keeps each where its original is.
+        frozen: whether parameters are copied, too, that need no gradient and that the optimizer does not have.
     """
 
     def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, on: torch.device | None = None
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        on: torch.device | None = None,
+        *,
+        frozen: bool = True,
     ) -> None:
         self._module = module
         self._optimizer = optimizer
         self._on = on
-        self._tensors = {name: copied(t, on) for name, t in live_tensors(module).items()}
+        self._frozen = frozen
+        self._tensors = {name: copied(t, on) for name, t in self._live().items()}
         self._states = {p: _State(state, on) for p, state in optimizer.state.items()}
 
     def install(self) -> None:
@@ -41,7 +48,7 @@ class TrainingState:
 
     def exchange(self) -> None:
         """The live training stands here, and this is where it stood."""
-        for name, t in live_tensors(self._module).items():
+        for name, t in self._live().items():
             if name not in self._tensors:  # it has come up since
                 self._tensors[name] = copied(t, self._on)
         exchange_tensors(self._module, self._tensors, self._on)
@@ -57,7 +64,7 @@ class TrainingState:
     def move(self, on: torch.device | None) -> None:
         """Keep the copies on this device; None: each where its original is."""
         self._on = on
-        for name, t in live_tensors(self._module).items():
+        for name, t in self._live().items():
             if name in self._tensors:
                 self._tensors[name] = self._tensors[name].to(on or t.device)
         for state in self._states.values():
@@ -75,7 +82,8 @@ class TrainingState:
             ConfigurationError: if the module has other parameters or buffers.
         """
         live, params = live_tensors(self._module), _params(self._optimizer)
-        if state["tensors"].keys() != live.keys():
+        # Versions before `frozen` wrote everything.
+        if not self._live().keys() <= state["tensors"].keys() <= live.keys():
             missing = sorted(state["tensors"].keys() ^ live.keys())
             raise ConfigurationError(
                 f"The checkpoint was written by a module with other parameters or buffers: {', '.join(missing[:5])}."
@@ -89,6 +97,14 @@ class TrainingState:
             params[i]: _State.loaded(entry, params[i].device, counts=params[i] in counted, on=self._on)
             for i, entry in state["states"].items()
         }
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        live = live_tensors(self._module)
+        if self._frozen:
+            return live
+        held = set(_params(self._optimizer))
+        params = dict(self._module.named_parameters())
+        return {n: t for n, t in live.items() if n not in params or t.requires_grad or t in held}
 
 
 class _State:

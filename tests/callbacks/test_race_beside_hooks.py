@@ -179,6 +179,53 @@ def test_what_is_ordinary_has_a_race(kind: type[Net], options: dict[str, Any]) -
         assert [module.first[0].item(), module.second[0].item()] == [120.0, 240.0]
 
 
+class Adapter(Net):
+    """Weights that nothing trains, beside a few that are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backbone = torch.nn.Linear(5, 5).requires_grad_(False)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss((batch[0] + self.backbone(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), **self.settings)
+
+
+class AdapterThatThaws(Adapter):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 4:
+            self.backbone.requires_grad_(True)
+            self.optimizers().add_param_group({"params": list(self.backbone.parameters())})
+
+
+def test_arms_have_no_copies_of_what_nothing_trains() -> None:
+    kept: list[set[str]] = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            heat = callback._run._pieces._heat
+            if heat is not None:
+                kept.extend(set(state.state_dict()["tensors"]) for state in heat._states.values())
+
+    callback, module = tuner(race=RACE), Adapter(lr=1e-6)
+    fit(module, callback, callbacks=[Looks()])
+    assert callback.race is not None
+    assert kept
+    assert all(names == {f"net.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")} for names in kept)
+
+
+def test_weights_that_begin_to_be_trained_in_the_race_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    callback, raced, plain = tuner(race=RACE), AdapterThatThaws(lr=0.02), AdapterThatThaws(lr=0.02)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(raced, callback)
+    fit(plain, None)
+    assert callback.race is None
+    assert "the optimizer is given 'backbone.weight' outside of it" in caplog.text
+    assert_equal(weights(raced), weights(plain))
+
+
 def test_a_buffer_whose_dtype_a_hook_changes_ends_the_race(caplog: pytest.LogCaptureFixture) -> None:
     class Changes(Net):
         def __init__(self) -> None:
