@@ -138,7 +138,7 @@ def make_plan(
     rewind = (Rewind() if usual else None) if wishes.rewind == "auto" else wishes.rewind
     timescale = _timescale_of(wishes, trainer, usual, "weight_decay" in names, steps)
     if steps is None or not (race or shape or readout or rewind or timescale):
-        return Plan(every_n_steps or 5, why)
+        return Plan(every_n_steps or _affordable_pace(extra), why)
     batches, every = 4, float(every_n_steps or _RARELY)
     if readout is not None:
         readout, batches = _affordable(readout, _ON_READOUT * extra * steps / _FORWARD, available)
@@ -153,6 +153,11 @@ def make_plan(
         left = extra * steps - spent
         every = max((steps - _length(race, steps)) / left * update_cost, 1.0) if left >= 1.0 else _RARELY
     return Plan(every, why, batches, steps, race, shape, readout, rewind, timescale)
+
+
+def _affordable_pace(extra: float) -> float:
+    """Steps between two validation gradients where nothing else is spent: five, or more for a smaller budget."""
+    return max(5, 1.0 / extra) if extra > 0.0 else _RARELY
 
 
 def _affordable(readout: Readout, forwards: float, available: int | None) -> tuple[Readout, int]:

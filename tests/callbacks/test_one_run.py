@@ -247,6 +247,14 @@ def test_the_budget_is_kept_to_two_percent(budget: float) -> None:
     assert callback.history
 
 
+def test_a_small_budget_is_kept_without_a_race() -> None:
+    callback = HyperGradient(val_dataloaders=data(seed=2), budget=1.1)
+    fitted = trainer(None, callbacks=[callback], max_steps=475, max_epochs=-1)
+    fitted.fit(Net(), data(), data(seed=1))
+    assert callback.race is None
+    assert 1.08 < callback.cost <= 1.11
+
+
 def test_a_run_that_is_too_short_has_no_race(caplog: pytest.LogCaptureFixture) -> None:
     callback = HyperGradient(val_dataloaders=data(seed=2))
     with caplog.at_level("INFO", logger="lightning.pytorch"):
