@@ -142,7 +142,6 @@ class Heat:
             self._drop_fallen()
         if self._ends and self._step >= self._ends[0][0]:
             self._judge(self._ends.pop(0)[1])
-
         self._remember()
 
     def before_step(self) -> None:
@@ -353,7 +352,7 @@ def _mark(tensor: torch.Tensor) -> _Mark:
     values = tensor.detach()
     if values.is_complex():
         values = torch.view_as_real(values)
-    if not values.is_floating_point():
+    if values.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         values = values.double()
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     size, total = torch.linalg.vector_norm(values, dtype=wide), values.sum(dtype=wide)

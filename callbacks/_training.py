@@ -20,8 +20,8 @@ from hypergrad import (
     NotDifferentiableError,
     RngState,
     SharedLoss,
-    is_within,
     loss_hyperparameters,
+    parts_of_others,
     preserved_rng,
 )
 from hypergrad.callbacks._agreement import anyone, mean, mean_rows
@@ -190,13 +190,8 @@ class TrainingLoss:
         """Copies of the module's buffers, by name, but for those that are part of a parameter or of another buffer."""
         # Values of hyperparameters are no state of the step: they are what it is differentiated with respect to.
         buffers = {n: b for n, b in self._module.named_buffers() if id(b) not in self._learned}
-        wholes: list[torch.Tensor] = list(self._module.parameters()) if buffers else []
-        found = {}
-        for name, b in sorted(buffers.items(), key=lambda item: -item[1].numel()):
-            if not any(is_within(b, whole) for whole in wholes if whole is not b):
-                found[name] = b.detach().clone()
-            wholes.append(b)
-        return found
+        parts = parts_of_others(buffers, self._module.parameters()) if buffers else set()
+        return {n: b.detach().clone() for n, b in buffers.items() if n not in parts}
 
     @torch.no_grad()
     def _put_buffers(self, then: dict[str, torch.Tensor]) -> None:
@@ -226,6 +221,8 @@ class TrainingLoss:
         # What no optimizer moves may have any gradient.
         stepped = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
         params = [p for p in dict.fromkeys(stepped) if p.grad is not None or self._for_steps]
+        if not params:
+            return
         scale = self.loss_scale
         own = torch.autograd.grad(scale * again(), params, allow_unused=True, materialize_grads=True)
         grads: Sequence[Any] = self.mean([g if scale == 1.0 else g / scale for g in own], params)

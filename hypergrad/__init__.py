@@ -43,7 +43,14 @@ from hypergrad.schedule import Schedule
 from hypergrad.scopes import rejoin_groups, split_groups
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
 from hypergrad.torch_internals import raw_step
-from hypergrad.training_state import TrainingState, copied, exchange_tensors, is_within, live_tensors, write_tensors
+from hypergrad.training_state import (
+    TrainingState,
+    copied,
+    exchange_tensors,
+    live_tensors,
+    parts_of_others,
+    write_tensors,
+)
 from hypergrad.transform import Identity, Log, Logit, Softplus, Transform
 from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
 
@@ -115,10 +122,10 @@ __all__ = [
     "gradient",
     "has_learned",
     "hypergradient",
-    "is_within",
     "live_tensors",
     "loss_hyperparameters",
     "notable",
+    "parts_of_others",
     "preserved",
     "preserved_rng",
     "raw_step",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -223,16 +223,25 @@ def place_of(tensor: torch.Tensor) -> tuple[object, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def is_within(part: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether all the memory of a tensor lies between the first and the last element of another one."""
-    if part is whole or place_of(part) != place_of(whole):
-        return part is whole
-    (begin, end), (first, last) = _span(part), _span(whole)
-    return first <= begin and end <= last
+def parts_of_others(tensors: Mapping[str, torch.Tensor], wholes: Iterable[torch.Tensor]) -> set[str]:
+    """Names of the tensors that lie within one of `wholes`, or within a larger one of them: they change with it."""
+    spans: dict[object, list[tuple[int, int]]] = {}
+    for whole in wholes:
+        spans.setdefault(place_of(whole), []).append(_span(whole))
+    found = set()
+    for name, t in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        begin, end = _span(t)
+        taken = spans.setdefault(place_of(t), [])
+        if any(first <= begin and end <= last for first, last in taken):
+            found.add(name)
+        taken.append((begin, end))
+    return found
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes of the first and the last element, in the storage."""
+    if tensor.layout != torch.strided:
+        return 0, 0
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + last + 1) * tensor.element_size()

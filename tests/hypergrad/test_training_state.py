@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hypergrad import ConfigurationError, Hyperparameter, TrainingState, is_within, live_tensors
+from hypergrad import ConfigurationError, Hyperparameter, TrainingState, live_tensors, parts_of_others
 
 # As on an accelerator, whose copies stand by on another device: what belongs where is written down for each.
 PLACES = pytest.mark.parametrize("on", [None, torch.device("cpu")], ids=["in place", "elsewhere"])
@@ -150,17 +150,15 @@ def test_tensors_of_one_memory_are_exchanged_together(on: torch.device | None) -
     assert torch.equal(last.weight, then[:1] + 1.0)
 
 
-def test_memory_within_another() -> None:
+def test_parts_of_others() -> None:
     whole = torch.zeros(4, 3)
     first, second = whole[:2], whole[2:]
-    assert is_within(first, whole)
-    assert is_within(whole[:, 1], whole)
-    assert is_within(whole, whole.view(-1))
-    assert not is_within(whole, first)
-    assert not is_within(first, second)
-    assert not is_within(torch.zeros(3), whole)
-    assert not is_within(torch.eye(2).to_sparse(), whole)
-    assert not is_within(torch.zeros(0), torch.zeros(0))
+    apart = {"sparse": torch.eye(2).to_sparse(), "empty": torch.zeros(0), "other": torch.zeros(3)}
+    tensors = {"first": first, "second": second, "column": whole[:, 1], "row": first[1], **apart}
+    assert parts_of_others(tensors, [whole]) == {"first", "second", "column", "row"}
+    # Slices of one memory that do not overlap are no parts of each other.
+    assert parts_of_others({"first": first, "second": second, "row": first[1], **apart}, []) == {"row"}
+    assert parts_of_others({"a": first, "b": first.view(-1)}, []) == {"b"}  # of two that are alike one is kept
 
 
 class InLists(torch.optim.SGD):
