@@ -30,7 +30,7 @@ from hypergrad import (
     Unrolled,
 )
 from hypergrad.callbacks._history import Update
-from hypergrad.callbacks._lightning import log_scalars
+from hypergrad.callbacks._log import Log
 from hypergrad.callbacks._plan import Auto, Wishes
 from hypergrad.callbacks._run import Run
 from hypergrad.callbacks._settings import Name, Settings, as_tuple, check_loader
@@ -160,7 +160,7 @@ class HyperGradient(pl.Callback):
         )
         self._run: Run | None = None
         self._restored: dict[str, Any] | None = None
-        self._logged_at = 0
+        self._log = Log()
         self._moved = False  # since the progress bar was told
 
     @property
@@ -229,10 +229,10 @@ class HyperGradient(pl.Callback):
         _check_trainer(trainer, pl_module)
         saved = None if self._restored is None else self._restored["run"]
         self._run = Run(trainer, pl_module, self._settings, continues=saved is not None and saved["pieces"] is not None)
-        self._logged_at = 0
+        self._log = Log()
         if self._restored is not None and saved is not None:
             self._run.load_state_dict(saved)
-            self._logged_at = self._restored["logged_at"]
+            self._log = Log(self._restored["logged_at"])
             self._restored = None
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -273,13 +273,14 @@ class HyperGradient(pl.Callback):
         """Say what was learned and what it cost."""
         if self._run is not None:
             self._run.finish()
-            self._write_last(self._run.trainer)
+            self._log.ended(self._run.trainer, self._run.history)
         rank_zero_info(self.summary())
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         """Leave the optimizers as they were found."""
-        self._write_last(trainer)
+        if self._run is not None:
+            self._log.ended(trainer, self._run.history)
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -301,7 +302,7 @@ class HyperGradient(pl.Callback):
             return {}
         if self._run.is_behind:
             self._settle(self._run.trainer)
-        return {"run": self._run.state_dict(), "logged_at": self._logged_at}
+        return {"run": self._run.state_dict(), "logged_at": self._log.at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where to continue; applied when the fit starts and the optimizers exist."""
@@ -315,33 +316,11 @@ class HyperGradient(pl.Callback):
         """Do what the batch calls for, once."""
         if self._run is None or not self._run.batch_ended():
             return
-        self._tell(trainer)
+        self._log.found(trainer, self._run.news())
         if self._run.is_due:
             update = self._run.update()
             self._moved = True
-            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if every > 0 and (self._run.steps - self._logged_at >= every or not self._logged_at):
-                self._write(trainer, update)
-
-    def _tell(self, trainer: pl.Trainer) -> None:
-        """Log what the pieces have found since the last batch."""
-        if self._run is None:
-            return
-        for step, scalars in self._run.news():
-            for logger in trainer.loggers:
-                log_scalars(logger, scalars, step)
-
-    def _write_last(self, trainer: pl.Trainer) -> None:
-        """What was learned since it was logged last: the end of a curve is what counts."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        history = [] if self._run is None else self._run.history
-        if every > 0 and history and history[-1].step > self._logged_at:
-            self._write(trainer, history[-1])
-
-    def _write(self, trainer: pl.Trainer, update: Update) -> None:
-        self._logged_at = update.step
-        for logger in trainer.loggers:
-            log_scalars(logger, update.scalars(), update.step)
+            self._log.updated(trainer, update)
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The learning rate of the next step, on the progress bar."""
