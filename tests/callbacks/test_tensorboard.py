@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,26 @@ def test_stopwatch_adds_up_and_forgets_what_was_never_stopped() -> None:
         pass
     watch.stop()
     assert 1.0 < watch.seconds < 1.5
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("ends", ["by itself", "by an exception"])
+def test_the_last_value_is_written_however_the_fit_ends(ends: str, tmp_path: Path) -> None:
+    class Fails(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if ends != "by itself" and self.trainer.global_step == 15:
+                raise RuntimeError("as asked for")
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callback = HyperGradient(val_dataloaders=data(seed=2), every_n_steps=2)
+    fitted = trainer(tmp_path, callbacks=[callback], logger=logger, log_every_n_steps=50)
+    with contextlib.suppress(RuntimeError):
+        fitted.fit(Fails(), data(), data(seed=1))
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    last = callback.history[-1]
+    assert last.step == (18 if ends == "by itself" else 14)
+    written = events.Scalars("hypergradient/lr/value")
+    assert [e.step for e in written] == [2, last.step]
+    assert written[-1].value == pytest.approx(last.values["lr"])

@@ -87,3 +87,15 @@ def test_says_what_cannot_be_confirmed() -> None:
     for estimator in (Forward(decay=0.5), Forward(curvature=None)):
         with pytest.raises(ConfigurationError, match=r"Check Forward\(decay=1\.0\)"):
             check(model, optimizer, [loss], loss, ["lr"], estimator)
+
+
+def test_a_difference_below_the_last_digit_of_the_loss_says_nothing() -> None:
+    # In float32 what eps does is lost in a loss of about 1000: every difference is exactly 0, and agrees with the next.
+    weight = torch.nn.Parameter(torch.ones(3))
+    module = torch.nn.ParameterList([weight])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    loss = lambda m: (m[0] - torch.arange(3.0)).square().sum() + 1000.0
+    (row,) = check(module, optimizer, [loss] * 3, loss, ["eps"], Forward()).rows
+    assert row.difference == 0.0 != row.estimate
+    assert row.uncertainty > abs(row.estimate)
+    assert row.verdict == "inconclusive"
