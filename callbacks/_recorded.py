@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hypergrad import ClippedLoss, Clipping, RngState
+from hypergrad import ActivationPattern, ClippedLoss, Clipping, RngState
 from hypergrad.callbacks._training import Call, StepLoss, TrainingLoss
 
 _LEAVES = (bool, int, float, str, type(None))
@@ -42,13 +42,16 @@ def _written(call: Call) -> dict[str, Any]:
     # A tensor may be a view into all of the data: only what is seen of it is written.
     parts = {"args": list(call.args), "kwargs": call.kwargs, "buffers": call.buffers, "progress": call.progress}
     plain = {name: _mapped(part, lambda t: t.detach().clone()) for name, part in parts.items()}
-    return {**plain, "rng": call.rng.state_dict(), "value": call.value}
+    pattern = None if call.pattern is None else call.pattern.state_dict()
+    return {**plain, "rng": call.rng.state_dict(), "value": call.value, "pattern": pattern}
 
 
 def _read(state: dict[str, Any], device: torch.device) -> Call:
     args, kwargs, buffers = (_mapped(state[name], lambda t: t.to(device)) for name in ("args", "kwargs", "buffers"))
     rng, value = RngState.restored(state["rng"]), state["value"].to(device)
-    return Call(tuple(args), kwargs, rng, buffers, state["progress"], value)
+    saved = state.get("pattern")  # checkpoints of before have none
+    pattern = None if saved is None else ActivationPattern.restored(saved, device)
+    return Call(tuple(args), kwargs, rng, buffers, state["progress"], value, pattern)
 
 
 def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -189,6 +189,8 @@ class Run:
 
     def lost(self, loss: torch.Tensor) -> None:
         """A training loss is about to be differentiated, as Lightning's hook has it."""
+        if self._training_loss is not None:
+            self._training_loss.goes_back(loss)
         if self._pieces is not None:
             self._pieces.lost(loss)
 
@@ -338,6 +340,7 @@ class Run:
                 if self._training_loss is None:
                     # Where a minimum lies does not depend on how gradients are changed on their way to it.
                     self._training_loss = TrainingLoss(self.trainer, self.trainer.lightning_module, exact=not implicit)
+                self._training_loss.trackers.append(attachment.tracker)
                 attachment.training_loss = self._training_loss
 
     def _try_validation_loss(self, loader: Iterable[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,12 +14,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parallel import DistributedDataParallel
 
 from hypergrad import (
+    ActivationPattern,
     ClippedLoss,
     Clipping,
     ConfigurationError,
+    HeldLoss,
     NotDifferentiableError,
     RngState,
     SharedLoss,
+    Tracker,
     loss_hyperparameters,
     parts_of_others,
     preserved_rng,
@@ -32,7 +35,11 @@ _ADVICE = ". Use Online() with hyperparameters of the optimizer only, which take
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `training_step`: what it was given, what stood where, and what it found."""
+    """One call of `training_step`: what it was given, what stood where, and what it found.
+
+    Args:
+        pattern: the pieces that its loss was on, where somebody wants to know.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,6 +47,7 @@ class Call:
     buffers: dict[str, torch.Tensor]
     progress: list[dict[str, Any]]
     value: torch.Tensor
+    pattern: ActivationPattern | None = None
 
 
 class TrainingLoss:
@@ -62,6 +70,7 @@ class TrainingLoss:
         self._exact, self._for_steps = exact, for_steps
         self._advice = "" if for_steps else _ADVICE
         self.about_to_run: Callable[[], None] | None = None  # hears of every call, before it
+        self.trackers: list[Tracker] = []  # for which steps are evaluated again
         self.evaluations = 0
         self.trainer = trainer
         self._module = module
@@ -131,6 +140,11 @@ class TrainingLoss:
     def gradients_cleared(self) -> None:
         """The gradients are set to zero: of what was called before, only the loss that is about to be used counts."""
         del self._calls[:-1], self._went_back[:-1]
+
+    def goes_back(self, loss: torch.Tensor) -> None:
+        """The loss of the last call is about to be differentiated."""
+        if self._calls and any(tracker.needs_pattern for tracker in self.trackers):
+            self._calls[-1] = replace(self._calls[-1], pattern=ActivationPattern(loss))
 
     def went_back(self) -> None:
         """The loss of the last call has been differentiated: its gradients are in the coming step."""
@@ -238,7 +252,7 @@ class TrainingLoss:
             )
 
 
-class StepLoss:
+class StepLoss(HeldLoss):
     """The loss of one optimizer step: called, it is evaluated as the step saw it, on this rank's batches."""
 
     def __init__(self, owner: TrainingLoss, calls: list[Call], accumulated: int) -> None:
@@ -262,6 +276,20 @@ class StepLoss:
     def __call__(self) -> torch.Tensor:
         self._owner.evaluations += 1
         losses = [self._owner.evaluate(call)[0] for call in self.calls]
+        return torch.stack(losses).sum() / self.accumulated
+
+    @property
+    def is_whole(self) -> bool:
+        """See `HeldLoss.is_whole`."""
+        return all(call.pattern is not None and call.pattern.is_whole for call in self.calls)
+
+    def held(self) -> torch.Tensor:
+        """See `HeldLoss.held`."""
+        self._owner.evaluations += 1
+        losses = [self._owner.evaluate(call)[0] for call in self.calls]
+        for call, loss in zip(self.calls, losses, strict=True):
+            if call.pattern is not None:
+                call.pattern.hold(loss)
         return torch.stack(losses).sum() / self.accumulated
 
     def gradients(

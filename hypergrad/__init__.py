@@ -3,6 +3,7 @@
 `hypergrad.callbacks` holds the Lightning callback; this package is the mathematics and needs torch only.
 """
 
+from hypergrad.activation_pattern import ActivationPattern, HeldLoss
 from hypergrad.autodiff import gradient, requiring_grad
 from hypergrad.checking import CheckedHyperparameter, CheckResult, check
 from hypergrad.clipping import ClippedLoss, Clipping
@@ -56,6 +57,7 @@ from hypergrad.tuner import Measurement, Outcome, TensorMeasurement, Tuner
 
 __all__ = [
     "CG",
+    "ActivationPattern",
     "Best",
     "Cautious",
     "CheckResult",
@@ -74,6 +76,7 @@ __all__ = [
     "Forward",
     "Frozen",
     "Gated",
+    "HeldLoss",
     "Hold",
     "HypergradError",
     "HypergradientResult",

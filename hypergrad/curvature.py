@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hypergrad.activation_pattern import ActivationPattern, HeldLoss
 from hypergrad.autodiff import kinds, moved, requiring_grad
 from hypergrad.chunks import pieces, pieces_of
 from hypergrad.errors import ConfigurationError, NotDifferentiableError
@@ -34,7 +35,7 @@ Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
 
 
-class SharedLoss:
+class SharedLoss(HeldLoss):
     """The part of a training loss that this process evaluates, where several take the mean of their gradients.
 
     Callable like any other `Evaluation`.
@@ -50,6 +51,41 @@ class SharedLoss:
 
     def __call__(self) -> torch.Tensor:
         return self.loss()
+
+    @property
+    def is_whole(self) -> bool:
+        """See `HeldLoss.is_whole`, of this part."""
+        return isinstance(self.loss, HeldLoss) and self.loss.is_whole
+
+    def held(self) -> torch.Tensor:
+        """See `HeldLoss.held`, of this part."""
+        return self.loss.held() if isinstance(self.loss, HeldLoss) else self.loss()
+
+
+class HeldAt(HeldLoss):
+    """The training loss of a step that has been evaluated before.
+
+    Args:
+        again: evaluates it once more.
+        pattern: the pieces that the step was on.
+    """
+
+    def __init__(self, again: Evaluation, pattern: ActivationPattern) -> None:
+        self._again, self._pattern = again, pattern
+
+    def __call__(self) -> torch.Tensor:
+        return self._again()
+
+    @property
+    def is_whole(self) -> bool:
+        """See `HeldLoss.is_whole`."""
+        return self._pattern.is_whole
+
+    def held(self) -> torch.Tensor:
+        """See `HeldLoss.held`."""
+        value = self._again()
+        self._pattern.hold(value)
+        return value
 
 
 def mean_of(loss: Evaluation) -> Mean:
@@ -119,6 +155,11 @@ class Curvature(ABC):
     @property
     def uses_graph(self) -> bool:
         """Whether the graph of a `TakenStep` saves it an evaluation."""
+        return False
+
+    @property
+    def uses_pattern(self) -> bool:
+        """Whether it differentiates on the pieces of the step, where the loss knows them: see `HeldLoss`."""
         return False
 
     @abstractmethod
@@ -240,13 +281,16 @@ class FiniteDifference(Curvature):
     Works wherever a gradient does: fused attention, recurrent kernels, compiled modules, mixed precision. A direction
     in both parameters and hyperparameters costs two, and one more is spent where g(x) is not known.
 
-    An approximation: good to three or four digits where the loss is smooth. Where it has kinks (ReLU), units switch
-    within a step, which adds noise; rules that divide by the root of a second moment (Adam) multiply it for units that
-    are rarely active, and over some ten steps it can drown the hypergradient. Compare with `Exact()`, or use `check`.
+    An approximation: good to three or four digits. Both gradients are taken on the same pieces of the network (see
+    `ActivationPattern`): else units that switch within a step, as those of a ReLU do, would add noise, which rules that
+    divide by the root of a second moment (Adam) multiply for units that are rarely active. Where the pieces cannot be
+    seen that is what happens, and over some ten steps it can drown the hypergradient: in compiled modules, under
+    activation checkpoints, in what compares by hand (`x * (x > 0)`). Compare with `Exact()` there, or use `check`.
 
     Args:
-        step: size of e v relative to 1 + |x|, in (0, 1). Default: the cube root of the rounding error of the
-            parameters' dtype (5e-3 in float32): a smaller one is better on a smooth loss, and much worse at kinks.
+        step: size of e v relative to 1 + |x|, in (0, 1). Default: the square root of the rounding error of the
+            parameters' dtype (3e-4 in float32) where the whole of the network is held on its pieces. Where it is not,
+            or parts are computed in less (autocast, TF32), the cube root (5e-3): small ones are lost in noise there.
 
     Raises:
         ConfigurationError: for a step outside (0, 1).
@@ -257,6 +301,11 @@ class FiniteDifference(Curvature):
     def __post_init__(self) -> None:
         if self.step is not None and not 0.0 < self.step < 1.0:
             raise ConfigurationError(f"`step` must lie in (0, 1), but got {self.step!r}.")
+
+    @property
+    def uses_pattern(self) -> bool:
+        """Whether it differentiates on the pieces of the step."""
+        return True
 
     def at(
         self,
@@ -277,17 +326,23 @@ class FiniteDifference(Curvature):
 
     @contextmanager
     def _at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, dead: bool) -> Iterator[Product]:
-        step = self.step if self.step is not None else math.cbrt(max(torch.finfo(p.dtype).eps for p in inputs))
-
         mean = mean_of(loss)
-
-        def gradient() -> list[torch.Tensor | None]:
-            with torch.enable_grad():
-                found = torch.autograd.grad(loss(), list(inputs), allow_unused=True)
-            return mean(found, inputs)
-
+        known = list(grads)
         with requiring_grad(inputs), torch.no_grad():
-            known = list(grads) if all(g is not None for g in grads) else gradient()
+            if any(g is None for g in grads):
+                with torch.enable_grad():
+                    value = loss()
+                    loss = HeldAt(loss, ActivationPattern(value))
+                    known = mean(torch.autograd.grad(value, list(inputs), allow_unused=True), inputs)
+            whole = _all_of(isinstance(loss, HeldLoss) and loss.is_whole, mean, inputs)
+            step = self.step if self.step is not None else _step(inputs, whole=whole)
+
+            def gradient() -> list[torch.Tensor | None]:
+                with torch.enable_grad():
+                    value = loss.held() if isinstance(loss, HeldLoss) else loss()
+                    found = torch.autograd.grad(value, list(inputs), allow_unused=True)
+                return mean(found, inputs)
+
             # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
             blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
 
@@ -303,15 +358,27 @@ class FiniteDifference(Curvature):
                         there = gradient()
                     for i, (a, b) in enumerate(zip(there, known, strict=True)):
                         if a is not None and b is not None:
-                            # An element whose gradient is exactly 0 stays so: a dead unit, a row of an embedding that
-                            # the batch lacks. Adam divides by the root of its second moment, 0, and would make of a
-                            # unit that the difference wakes up a tangent of 1 / eps.
-                            change = _quotient(a, b, length.to(a), dead)
+                            # Where units may switch, an element whose gradient is exactly 0 stays so: a dead unit, a
+                            # row of an embedding that the batch lacks. Adam divides by the root of its second moment,
+                            # 0, and would make of a unit that the difference wakes up a tangent of 1 / eps.
+                            change = _quotient(a, b, length.to(a), dead and not whole)
                             other = result[i]
                             result[i] = change if other is None else other + change
                 return result
 
             yield product
+
+
+def _step(inputs: Sequence[torch.Tensor], *, whole: bool) -> float:
+    rounding = max(torch.finfo(x.dtype).eps for x in inputs)
+    return math.sqrt(rounding) if whole else math.cbrt(rounding)
+
+
+def _all_of(here: bool, mean: Mean, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether it is so in all processes."""
+    flag = inputs[0].new_tensor(float(here))
+    (share,) = mean([flag], [flag])
+    return here if share is None else float(share) == 1.0
 
 
 def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, dead: bool) -> torch.Tensor:

@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 
 import torch
 
+from hypergrad.activation_pattern import ActivationPattern
 from hypergrad.autodiff import gradient, requiring_grad
-from hypergrad.curvature import Evaluation, TakenStep
+from hypergrad.curvature import Evaluation, HeldAt, TakenStep
 from hypergrad.errors import ConfigurationError, HyperparameterError, NotDifferentiableError
 from hypergrad.estimators.base import Contraction, Estimator, Tracker
 from hypergrad.estimators.online import Online
@@ -251,7 +252,11 @@ def _take(
         for t in tensors:
             t.grad = None
     else:
-        torch.autograd.backward(_scalar(loss(model), "train_losses"))
+        value = _scalar(loss(model), "train_losses")
+        if again is not None and tracker.needs_pattern:
+            again = HeldAt(again, ActivationPattern(value))
+        torch.autograd.backward(value)
+        del value  # and its graph
         tracker.before_step(again)
     raw_step(optimizer)
     tracker.after_step()

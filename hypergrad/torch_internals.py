@@ -52,3 +52,31 @@ def without_gradient_hooks(tensors: Iterable[torch.Tensor], module: torch.nn.Mod
             tensor._backward_hooks = tensor_hooks
         for m, hooks, pre_hooks in saved:
             m._backward_hooks, m._backward_pre_hooks = hooks, pre_hooks
+
+
+def saved_by(node: Any, name: str, default: Any = None) -> Any:
+    """What a node of a graph keeps for its own use: a tensor without its graph, or a setting.
+
+    Uses `node._saved_*`, which torch's tutorial on saved tensors describes and its reference does not.
+    """
+    value = getattr(node, f"_saved_{name}", default)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of what a node of a graph computed; None where it does not say.
+
+    Uses `node._input_metadata`: what a node computed is there until the gradient of it is asked for, and then as
+    the shape and kind of that gradient.
+    """
+    metadata = getattr(node, "_input_metadata", ())
+    return metadata[0].dtype if metadata else None
+
+
+def is_packed(node: Any) -> bool:
+    """Whether somebody has packed what a node keeps: to look at it may run a part of the network again.
+
+    Uses `node._raw_saved_*` and its `unpack_hook`: hooks on saved tensors can be registered, not asked for.
+    """
+    raw = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
+    return any(getattr(tensor, "unpack_hook", None) is not None for tensor in raw)

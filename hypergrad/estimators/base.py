@@ -67,6 +67,11 @@ class Tracker(ABC):
         """Whether a `TakenStep` would save the coming `before_step` an evaluation."""
         return False
 
+    @property
+    def needs_pattern(self) -> bool:
+        """Whether the loss of the coming `before_step` should be a `HeldLoss`, which knows the pieces it was on."""
+        return False
+
     @abstractmethod
     def before_step(self, loss: Evaluation | None = None) -> None:
         """Call between the final gradient and the update, on every step that is to be tracked.

@@ -134,8 +134,18 @@ class _ForwardTracker(Tracker):
     @property
     def needs_graph(self) -> bool:
         curvature = self._estimator.curvature
+        return self._will_ask and curvature is not None and curvature.uses_graph
+
+    @property
+    def needs_pattern(self) -> bool:
+        curvature = self._estimator.curvature
+        return self._will_ask and curvature is not None and curvature.uses_pattern
+
+    @property
+    def _will_ask(self) -> bool:
+        """Whether the coming step has directions to ask for the Hessian in."""
         known = any(tangents.params for tangents in self._tangents.values())
-        return self.needs_loss and curvature is not None and curvature.uses_graph and (known or bool(self._tensors))
+        return self.needs_loss and (known or bool(self._tensors))
 
     @torch.no_grad()
     def before_step(self, loss: Evaluation | None = None) -> None:

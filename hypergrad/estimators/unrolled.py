@@ -111,6 +111,10 @@ class UnrolledTracker(Tracker):
         return bool(self._tensors) or self._estimator.steps != 1
 
     @property
+    def needs_pattern(self) -> bool:
+        return self.needs_loss and self._estimator.curvature.uses_pattern
+
+    @property
     def losses(self) -> list[Evaluation | None]:
         return [step.loss for step in self._carried]
 

@@ -119,6 +119,25 @@ def test_equals_differences_of_the_whole_training(tmp_path: Path, kind: str, set
     assert last.hypergradients["classes/norm"] > 0.0
 
 
+class Kinked(Net):
+    """Many units that switch, some of them seldom on."""
+
+    def __init__(self) -> None:
+        super().__init__("Adam", lr=3e-3)
+        self.net = nn.Sequential(nn.Linear(5, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+def test_a_difference_sees_only_the_pieces_that_the_step_was_on(tmp_path: Path, options: dict[str, Any]) -> None:
+    found = {}
+    for curvature in (Exact(), FiniteDifference()):
+        torch.manual_seed(0)
+        callback = HyperGradient("lr", estimator=Forward(1.0, curvature), controller=Hold(), every_n_steps=12)
+        fit(Kinked(), callback, tmp_path, **{"max_epochs": 4, **options})
+        found[curvature] = callback.history[-1].hypergradients["lr"]
+    assert found[FiniteDifference()] == pytest.approx(found[Exact()], rel=1e-2)
+
+
 class Recurrent(Net):
     def __init__(self) -> None:
         super().__init__()

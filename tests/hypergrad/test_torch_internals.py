@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hypergrad.torch_internals import raw_step, without_gradient_hooks
+from hypergrad.torch_internals import dtype_of, is_packed, raw_step, saved_by, without_gradient_hooks
 
 
 def test_step_is_hooked_and_raw_step_goes_around_the_hooks() -> None:
@@ -38,3 +38,27 @@ def test_gradient_hooks_rest_and_come_back() -> None:
     torch.testing.assert_close(plain[1], model.weight.detach())
     again = torch.autograd.grad(model(x).sum(), [model.weight, x])
     torch.testing.assert_close(again, hooked)
+
+
+def test_nodes_show_what_they_keep() -> None:
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+    relu, clamp = torch.relu(x).grad_fn, x.clamp(0.0).grad_fn
+    assert saved_by(relu, "result").tolist() == [0.0, 2.0]
+    assert not saved_by(relu, "result").requires_grad
+    assert (saved_by(clamp, "min"), saved_by(clamp, "max"), saved_by(clamp, "other", 3)) == (0.0, None, 3)
+    assert dtype_of(relu) == torch.float32
+    assert dtype_of(x.to(torch.bfloat16).grad_fn) == torch.bfloat16
+
+
+def test_nodes_show_that_something_is_packed_without_unpacking_it() -> None:
+    x, unpacked = torch.tensor([-1.0, 2.0], requires_grad=True), list[torch.Tensor]()
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        unpacked.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        packed = torch.relu(x).grad_fn
+    assert is_packed(packed)
+    assert not is_packed(torch.relu(x).grad_fn)
+    assert unpacked == []
