@@ -292,6 +292,12 @@ class StepLoss(HeldLoss):
                 call.pattern.hold(loss)
         return torch.stack(losses).sum() / self.accumulated
 
+    def shrink(self) -> None:
+        """See `HeldLoss.shrink`."""
+        for call in self.calls:
+            if call.pattern is not None:
+                call.pattern.shrink()
+
     def gradients(
         self, params: Sequence[torch.Tensor]
     ) -> tuple[float, list[torch.Tensor | None], dict[str, torch.Tensor]]:

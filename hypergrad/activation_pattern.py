@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class ActivationPattern:
             kind = type(node).__name__
             if kind in _KINDS:
                 self._pieces.append(_stand(node, kind))
-            elif kind in hidden or (isinstance(node, BackwardCFunction) and kind != _HARMLESS):
+            elif kind in hidden or (isinstance(node, BackwardCFunction) and kind not in _HARMLESS):
                 self._is_whole = False
             elif kind == _CAST and dtype_of(node) not in (torch.float32, torch.float64):
                 self._is_whole = False  # autocast, whose rounding would drown a small step
@@ -86,8 +86,13 @@ class ActivationPattern:
                 node.register_hook(_KINDS[piece.kind].hook(node, piece))
         return True
 
+    def shrink(self) -> None:
+        """Take less memory, where it is to be kept for a while: a byte per element of what only switches."""
+        self._pieces = [p if p is None else replace(p, held=tuple(map(_shrunken, p.held))) for p in self._pieces]
+
     def state_dict(self) -> dict[str, Any]:
         """All of it in plain containers."""
+        self.shrink()
         pieces = [None if p is None else [p.kind, list(p.held), list(p.numbers)] for p in self._pieces]
         return {"pieces": pieces, "is_whole": self._is_whole}
 
@@ -121,6 +126,17 @@ class HeldLoss(ABC):
     def held(self) -> torch.Tensor:
         """The loss where the parameters stand, whose gradient flows through the pieces of the step."""
 
+    @abstractmethod
+    def shrink(self) -> None:
+        """Take less memory for them: they are to be kept for a while."""
+
+
+def _shrunken(held: torch.Tensor) -> torch.Tensor:
+    if not held.is_floating_point():
+        return held
+    switches = held.bool()
+    return switches if torch.equal(switches.to(held.dtype), held) else held
+
 
 @torch.no_grad()
 def _stand(node: Any, kind: str) -> _Piece | None:
@@ -144,7 +160,13 @@ class _Kind:
     def hook(self, node: Any, piece: _Piece) -> _Hook:  # noqa: ARG002 (others look at it)
         """What makes of the gradients that another node of the kind hands back those on this piece."""
         (factor,) = piece.held
-        return lambda _, given: (None if given[0] is None else given[0] * factor,)
+        is_slow = factor.dtype == torch.bool and factor.device.type == "cpu"
+
+        def hook(_: _Grads, given: _Grads) -> _Grads:
+            g = given[0]
+            return (None if g is None else g * (factor.to(g.dtype) if is_slow else factor),)
+
+        return hook
 
 
 class _Bent(_Kind):
@@ -370,7 +392,10 @@ _KINDS: dict[str, _Kind] = {
     "AdaptiveMaxPool2DBackward0": _Pool(2),
     "AdaptiveMaxPool3DBackward0": _Pool(3),
     **dict.fromkeys(
-        (f"{name}Backward{i}" for name, i in (("Max", 0), ("Min", 0), ("Topk", 0), ("Sort", 0), ("Median", 1))),
+        (
+            f"{name}Backward{i}"
+            for name, i in (("Max", 0), ("Min", 0), ("Topk", 0), ("Sort", 0), ("Sort", 1), ("Median", 1))
+        ),
         _Selection(),
     ),
     **dict.fromkeys(("KthvalueBackward0", "CummaxBackward0", "CumminBackward0", "NanmedianBackward1"), _Selection()),
@@ -383,7 +408,7 @@ _KINDS: dict[str, _Kind] = {
 _HIDDEN = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
 _TF32 = {"ConvolutionBackward0", "CudnnConvolutionBackward0", "CudnnRnnBackward0"}  # rounded to it by default
 _CAST = "ToCopyBackward0"
-_HARMLESS = "BackwardHookFunctionBackward"  # hands gradients on as they are
+_HARMLESS = {"BackwardHookFunctionBackward", "_DDPSinkBackward"}  # hand gradients on as they are
 
 
 def _rounds_products() -> bool:

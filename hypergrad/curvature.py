@@ -61,6 +61,11 @@ class SharedLoss(HeldLoss):
         """See `HeldLoss.held`, of this part."""
         return self.loss.held() if isinstance(self.loss, HeldLoss) else self.loss()
 
+    def shrink(self) -> None:
+        """See `HeldLoss.shrink`."""
+        if isinstance(self.loss, HeldLoss):
+            self.loss.shrink()
+
 
 class HeldAt(HeldLoss):
     """The training loss of a step that has been evaluated before.
@@ -86,6 +91,10 @@ class HeldAt(HeldLoss):
         value = self._again()
         self._pattern.hold(value)
         return value
+
+    def shrink(self) -> None:
+        """See `HeldLoss.shrink`."""
+        self._pattern.shrink()
 
 
 def mean_of(loss: Evaluation) -> Mean:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hypergrad.activation_pattern import HeldLoss
 from hypergrad.clipping import ClippedLoss
 from hypergrad.curvature import Curvature, Evaluation, Exact
 from hypergrad.errors import ConfigurationError, HypergradError
@@ -141,6 +142,8 @@ class UnrolledTracker(Tracker):
         groups = self._optimizer.param_groups
         if loss is not None and self._count == 0 and self._estimator.steps != 1:
             self._estimator.curvature.check(loss, {p: gradient_of(p) for g in groups for p in stepped_params(g)})
+        if isinstance(loss, HeldLoss):
+            loss.shrink()
         own = [plain(h) for h in self._hyperparameters]
         values = {(i, h): h.read(group) for h in own for i, group in enumerate(groups)}
         then = {name: t.detach().clone() for name, t in self._tensors.items()}

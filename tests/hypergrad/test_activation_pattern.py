@@ -246,3 +246,15 @@ def test_a_loss_that_raises_near_by_leaves_parameters_as_they_were() -> None:
         hypergradient(model, sgd, [losses[0], fails], losses[1], ["lr"], Forward(curvature=FiniteDifference()))
     for p, then in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, then)
+
+
+def test_a_pattern_that_is_kept_takes_a_byte_per_element() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    pattern = ActivationPattern((F.leaky_relu(F.relu(x), 0.1) * x).sum())
+    pattern.shrink()
+    held = {kind: tensors[0] for kind, tensors, _ in pattern.state_dict()["pieces"]}
+    assert {kind: t.dtype for kind, t in held.items()} == {
+        "ReluBackward0": torch.bool,
+        "LeakyReluBackward0": torch.float32,  # its slopes
+    }
+    assert torch.equal(held["ReluBackward0"], x > 0)
