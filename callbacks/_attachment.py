@@ -22,6 +22,7 @@ from hypergrad import (
     raw_step,
     rejoin_groups,
     split_groups,
+    step_hooks,
 )
 from hypergrad.callbacks._history import Stopwatch
 from hypergrad.callbacks._recorded import read_back, write_down
@@ -112,6 +113,11 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def has_other_hooks(self) -> bool:
+        """Whether somebody else, too, hears of the optimizer's steps."""
+        return not step_hooks(self.optimizer) <= {handle.id for handle in self._handles}
 
     def layout(self) -> list[Row]:
         """What is learned in each param group, or in each tensor where something is learned per tensor.

@@ -38,7 +38,7 @@ class ChangedOutsideError(HypergradError):
     """Something changes between steps, as a hook makes it, and would not do so in the arms that stand by."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what} outside of it, by a hook that trainings which stand by would not run")
+        super().__init__(f"{what}, which trainings that stand by would not see")
 
 
 class Heat:
@@ -110,9 +110,11 @@ class Heat:
             UnsupportedOptimizerError: at the first step, where arms cannot be kept apart; the live one is as it was.
             ChangedOutsideError: see `before_step`; the same.
         """
+        if not self._is_placed and anyone(self._trainer, self._attachment.has_other_hooks):
+            raise ChangedOutsideError("a step of the optimizer may be changed by a hook of its own")
         thawed = [n for n, p in self._module.named_parameters() if n in self._frozen and p in self._held()]
         if thawed:
-            raise ChangedOutsideError(f"the optimizer is given {thawed[0]!r}")
+            raise ChangedOutsideError(f"the optimizer is given {thawed[0]!r} outside of it")
         stepped = self._stepped()
         live = live_tensors(self._module) if self._still else {}
         self._compare({name: t for name, t in self._still.items() if live.get(name) not in stepped})
@@ -180,7 +182,8 @@ class Heat:
         found = next((name for name, then in left.items() if name not in live or _mark(live[name]) != then), "")
         # All processes or none.
         if anyone(self._trainer, bool(found)):
-            raise ChangedOutsideError(f"{found!r} changes" if found else "something changes in another process,")
+            what = f"{found!r} changes outside of it" if found else "something changes in another process"
+            raise ChangedOutsideError(what)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the race stands."""
@@ -250,7 +253,7 @@ class Heat:
         if self._averaged == 1:
             taken = any(g is not None and p.grad is None for p, g in zip(trained, grads, strict=True))
             if anyone(self._trainer, taken):
-                raise ChangedOutsideError("a gradient is taken away")
+                raise ChangedOutsideError("a gradient is taken away outside of it")
         for p, grad in zip(trained, grads, strict=True):
             p.grad = grad
         self._module.configure_gradient_clipping(

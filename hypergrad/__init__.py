@@ -43,7 +43,7 @@ from hypergrad.rng import RngState, generators_of, preserved_rng
 from hypergrad.schedule import Schedule
 from hypergrad.scopes import rejoin_groups, split_groups
 from hypergrad.solvers import CG, Neumann, Nystrom, Solution, Solver
-from hypergrad.torch_internals import raw_step
+from hypergrad.torch_internals import raw_step, step_hooks
 from hypergrad.training_state import (
     TrainingState,
     copied,
@@ -138,5 +138,6 @@ __all__ = [
     "resolve",
     "split",
     "split_groups",
+    "step_hooks",
     "write_tensors",
 ]

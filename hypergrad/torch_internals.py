@@ -23,6 +23,14 @@ def raw_step(optimizer: torch.optim.Optimizer, *closure: Any) -> None:
     step(optimizer, *closure)
 
 
+def step_hooks(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The hooks that run before or after the optimizer's steps, by the `id` of their handles.
+
+    Uses `Optimizer._optimizer_step_pre_hooks` and `_optimizer_step_post_hooks`: hooks can be registered, not asked for.
+    """
+    return {*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks}
+
+
 def grad_mode_switch() -> Any:
     """The function through which `torch.no_grad()` and its like switch gradients, as a TorchFunctionMode sees it.
 

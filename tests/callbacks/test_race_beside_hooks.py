@@ -79,6 +79,18 @@ class TeacherInTheStep(TeacherBeforeZeroGrad):
         self.average()
 
 
+class ClampsInTheOptimizer(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_post_hook(lambda *_: self.clamp())
+        return optimizer
+
+    def clamp(self) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.3, 0.3)
+
+
 class LateTeacher(Teacher):
     """Not in the first steps, so that nothing is odd about them."""
 
@@ -97,6 +109,7 @@ class LateTeacher(Teacher):
         (Teacher, "'teacher.*' changes outside of it"),
         (TeacherBeforeZeroGrad, "'teacher.*' changes outside of it"),
         (TeacherInTheStep, "'teacher.*' changes outside of it"),
+        (ClampsInTheOptimizer, "may be changed by a hook of its own"),
         (LateTeacher, "'teacher.*' changes outside of it"),
     ],
 )

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from hypergrad.torch_internals import dtype_of, is_packed, raw_step, saved_by, without_gradient_hooks
+from hypergrad.torch_internals import (
+    dtype_of,
+    is_packed,
+    raw_step,
+    saved_by,
+    step_hooks,
+    without_gradient_hooks,
+)
 
 
 def test_step_is_hooked_and_raw_step_goes_around_the_hooks() -> None:
@@ -17,6 +24,9 @@ def test_step_is_hooked_and_raw_step_goes_around_the_hooks() -> None:
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     assert getattr(type(optimizer).step, "hooked", False)
+    handles = [optimizer.register_step_pre_hook(lambda *_: None), optimizer.register_step_post_hook(lambda *_: None)]
+    assert {handle.id for handle in handles} < step_hooks(optimizer)
+    assert len(step_hooks(optimizer)) == 4
     raw_step(optimizer)
     assert calls == []
     torch.testing.assert_close(p.detach(), torch.full((2,), 0.9))
