@@ -279,18 +279,17 @@ class StepLoss(HeldLoss):
         return torch.stack(losses).sum() / self.accumulated
 
     @property
-    def is_whole(self) -> bool:
-        """See `HeldLoss.is_whole`."""
-        return all(call.pattern is not None and call.pattern.is_whole for call in self.calls)
+    def rounding(self) -> float:
+        """See `HeldLoss.rounding`."""
+        return max(math.inf if call.pattern is None else call.pattern.rounding for call in self.calls)
 
-    def held(self) -> torch.Tensor:
+    def held(self) -> tuple[torch.Tensor, bool]:
         """See `HeldLoss.held`."""
         self._owner.evaluations += 1
         losses = [self._owner.evaluate(call)[0] for call in self.calls]
-        for call, loss in zip(self.calls, losses, strict=True):
-            if call.pattern is not None:
-                call.pattern.hold(loss)
-        return torch.stack(losses).sum() / self.accumulated
+        pairs = zip(self.calls, losses, strict=True)
+        are_held = [call.pattern is not None and call.pattern.hold(loss) for call, loss in pairs]
+        return torch.stack(losses).sum() / self.accumulated, all(are_held)
 
     def shrink(self) -> None:
         """See `HeldLoss.shrink`."""

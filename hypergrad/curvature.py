@@ -33,6 +33,11 @@ Evaluation = Callable[[], torch.Tensor]
 # One entry per input, in its shape; None stands for zero.
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
+Part = torch.Tensor | None
+
+# Elements of a gradient this many rounding errors of an ordinary one long, which change by more than this share of
+# themselves over a step of a thousandth, are rounding.
+_NOISE, _JUMP = 1000.0, 0.05
 
 
 class SharedLoss(HeldLoss):
@@ -53,13 +58,13 @@ class SharedLoss(HeldLoss):
         return self.loss()
 
     @property
-    def is_whole(self) -> bool:
-        """See `HeldLoss.is_whole`, of this part."""
-        return isinstance(self.loss, HeldLoss) and self.loss.is_whole
+    def rounding(self) -> float:
+        """See `HeldLoss.rounding`, of this part."""
+        return self.loss.rounding if isinstance(self.loss, HeldLoss) else math.inf
 
-    def held(self) -> torch.Tensor:
+    def held(self) -> tuple[torch.Tensor, bool]:
         """See `HeldLoss.held`, of this part."""
-        return self.loss.held() if isinstance(self.loss, HeldLoss) else self.loss()
+        return self.loss.held() if isinstance(self.loss, HeldLoss) else (self.loss(), False)
 
     def shrink(self) -> None:
         """See `HeldLoss.shrink`."""
@@ -82,15 +87,14 @@ class HeldAt(HeldLoss):
         return self._again()
 
     @property
-    def is_whole(self) -> bool:
-        """See `HeldLoss.is_whole`."""
-        return self._pattern.is_whole
+    def rounding(self) -> float:
+        """See `HeldLoss.rounding`."""
+        return self._pattern.rounding
 
-    def held(self) -> torch.Tensor:
+    def held(self) -> tuple[torch.Tensor, bool]:
         """See `HeldLoss.held`."""
         value = self._again()
-        self._pattern.hold(value)
-        return value
+        return value, self._pattern.hold(value)
 
     def shrink(self) -> None:
         """See `HeldLoss.shrink`."""
@@ -335,62 +339,123 @@ class FiniteDifference(Curvature):
 
     @contextmanager
     def _at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, dead: bool) -> Iterator[Product]:
-        mean = mean_of(loss)
-        known = list(grads)
+        # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
+        blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
         with requiring_grad(inputs), torch.no_grad():
-            if any(g is None for g in grads):
-                with torch.enable_grad():
-                    value = loss()
-                    loss = HeldAt(loss, ActivationPattern(value))
-                    known = mean(torch.autograd.grad(value, list(inputs), allow_unused=True), inputs)
-            whole = _all_of(isinstance(loss, HeldLoss) and loss.is_whole, mean, inputs)
-            step = self.step if self.step is not None else _step(inputs, whole=whole)
+            here = _Here(loss, inputs, grads)
 
-            def gradient() -> list[torch.Tensor | None]:
-                with torch.enable_grad():
-                    value = loss.held() if isinstance(loss, HeldLoss) else loss()
-                    found = torch.autograd.grad(value, list(inputs), allow_unused=True)
-                return mean(found, inputs)
-
-            # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
-            blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
-
-            def product(v: Vector) -> list[torch.Tensor | None]:
+            def along(v: Vector) -> list[torch.Tensor | None] | None:
+                """H v; None if a gradient could not be taken on the pieces of the other, as it was to be."""
                 result: list[torch.Tensor | None] = [None] * len(inputs)
                 for block in blocks:
                     rows = [i for i in block if v[i] is not None]
                     if not rows:
                         continue
-                    here, directions = [inputs[i] for i in rows], [d for d in (v[i] for i in rows) if d is not None]
-                    length = step * (1.0 + _norm(here)) / (_norm(directions) + 1e-30)
-                    with moved(here, directions, length):
-                        there = gradient()
-                    for i, (a, b) in enumerate(zip(there, known, strict=True)):
-                        if a is not None and b is not None:
-                            # Where units may switch, an element whose gradient is exactly 0 stays so: a dead unit, a
-                            # row of an embedding that the batch lacks. Adam divides by the root of its second moment,
-                            # 0, and would make of a unit that the difference wakes up a tangent of 1 / eps.
-                            change = _quotient(a, b, length.to(a), dead and not whole)
+                    moving, directions = [inputs[i] for i in rows], [d for d in (v[i] for i in rows) if d is not None]
+                    step = self.step if self.step is not None else here.step
+                    length = step * (1.0 + _norm(moving)) / (_norm(directions) + 1e-30)
+                    with moved(moving, directions, length):
+                        there = here.gradient()
+                    if there is None:
+                        return None
+                    for i, a in enumerate(there):
+                        change = here.change(i, a, length, dead=dead)
+                        if change is not None:
                             other = result[i]
                             result[i] = change if other is None else other + change
                 return result
 
+            def product(v: Vector) -> list[torch.Tensor | None]:
+                for retreat in (here.look_again, here.let_go):
+                    found = along(v)
+                    if found is not None:
+                        return found
+                    retreat()
+                return along(v) or [None] * len(inputs)
+
             yield product
 
 
-def _step(inputs: Sequence[torch.Tensor], *, whole: bool) -> float:
-    rounding = max(torch.finfo(x.dtype).eps for x in inputs)
-    return math.sqrt(rounding) if whole else math.cbrt(rounding)
+class _Here:
+    """The point at which curvature is sought: the gradient there, and the pieces that it was taken on.
+
+    Args:
+        loss, inputs, grads: see `Curvature.at`.
+    """
+
+    def __init__(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> None:
+        self._inputs, self._mean = inputs, mean_of(loss)
+        self._again, self._loss = loss, loss
+        self._known = list(grads)
+        self._rounding = max(torch.finfo(x.dtype).eps for x in inputs)
+        if any(g is None for g in grads):
+            self.look_again()
+        else:
+            self._decide()
+
+    def look_again(self) -> None:
+        """Take the gradient here once more."""
+        with torch.enable_grad():
+            value = self._again()
+            self._loss = HeldAt(self._again, ActivationPattern(value))
+            found = torch.autograd.grad(value, list(self._inputs), allow_unused=True)
+        self._known = self._mean(found, self._inputs)
+        self._decide()
+
+    def let_go(self) -> None:
+        """Do without the pieces."""
+        self._loss, self.is_held = self._again, False
+
+    def _decide(self) -> None:
+        seen = isinstance(self._loss, HeldLoss) and self._loss.rounding <= self._rounding
+        self.is_held = self._everywhere(seen)
+        known = [g for g in self._known if g is not None]
+        # As small as this is only what rounding makes of a gradient that is zero.
+        usual = _norm(known) / math.sqrt(max(sum(g.numel() for g in known), 1)) if known else torch.zeros(())
+        self._noise = _NOISE * self._rounding * usual
+
+    def _everywhere(self, here: bool) -> bool:
+        """Whether it is so in all processes."""
+        flag = self._inputs[0].new_tensor(float(here))
+        (share,) = self._mean([flag], [flag])
+        return here if share is flag or share is None else float(share) == 1.0
+
+    @property
+    def step(self) -> float:
+        """How far to go, relative to the size of what is moved."""
+        return math.sqrt(self._rounding) if self.is_held else math.cbrt(self._rounding)
+
+    def gradient(self) -> list[torch.Tensor | None] | None:
+        """The gradient where the inputs stand now; None if it is not on the pieces of that here, and was to be."""
+        with torch.enable_grad():
+            value, is_on_them = self._loss.held() if isinstance(self._loss, HeldLoss) else (self._loss(), False)
+            if self.is_held and not self._everywhere(is_on_them):
+                return None
+            found = torch.autograd.grad(value, list(self._inputs), allow_unused=True)
+        return self._mean(found, self._inputs)
+
+    def change(self, index: int, there: torch.Tensor | None, length: torch.Tensor, *, dead: bool) -> Part:
+        """The change of a gradient, per length.
+
+        Args:
+            dead: whether what is exactly 0 stays so where units may switch: a dead unit, a row of an embedding that the
+                batch lacks. Adam divides by the root of its second moment, 0, and would make of a unit that the
+                difference wakes up a tangent of 1 / eps.
+        """
+        here = self._known[index]
+        if there is None or here is None:
+            return None
+        found = _quotient(there, here, length.to(there), dead=dead and not self.is_held)
+        if self.is_held and here.dim() <= 1:
+            # A bias before a normalisation has no gradient but for rounding, which a small step would make large, and
+            # Adam as large as any.
+            largest = torch.maximum(there.abs(), here.abs())
+            jumps = (there - here).abs() > _JUMP * largest
+            found.masked_fill_((here != 0) & (largest <= self._noise.to(largest)) & jumps, 0.0)
+        return found
 
 
-def _all_of(here: bool, mean: Mean, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether it is so in all processes."""
-    flag = inputs[0].new_tensor(float(here))
-    (share,) = mean([flag], [flag])
-    return here if share is None else float(share) == 1.0
-
-
-def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, dead: bool) -> torch.Tensor:
+def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, *, dead: bool) -> torch.Tensor:
     """(a - b) / length; if `dead`, 0 where b is."""
     result, count = torch.empty_like(b, memory_format=torch.contiguous_format), pieces_of(b)
     for x, y, target in zip(pieces(a, count), pieces(b, count), pieces(result, count), strict=True):

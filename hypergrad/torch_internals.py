@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,11 +75,16 @@ def saved_by(node: Any, name: str, default: Any = None) -> Any:
 def dtype_of(node: Any) -> torch.dtype | None:
     """The dtype of what a node of a graph computed; None where it does not say.
 
-    Uses `node._input_metadata`: what a node computed is there until the gradient of it is asked for, and then as
-    the shape and kind of that gradient.
+    Uses `node._input_metadata`, which is about the gradient that the node will be given.
     """
     metadata = getattr(node, "_input_metadata", ())
     return metadata[0].dtype if metadata else None
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The shape of what a node of a graph computed; empty where it does not say. Uses `node._input_metadata`, too."""
+    metadata = getattr(node, "_input_metadata", ())
+    return tuple(metadata[0].shape) if metadata else ()
 
 
 def is_packed(node: Any) -> bool:
@@ -86,5 +92,17 @@ def is_packed(node: Any) -> bool:
 
     Uses `node._raw_saved_*` and its `unpack_hook`: hooks on saved tensors can be registered, not asked for.
     """
-    raw = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
-    return any(getattr(tensor, "unpack_hook", None) is not None for tensor in raw)
+    return any(
+        getattr(saved, "unpack_hook", None) is not None
+        for name in _raw_names(node.__class__)
+        for saved in _listed(getattr(node, name))
+    )
+
+
+@cache
+def _raw_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def _listed(saved: Any) -> Any:
+    return saved if isinstance(saved, (tuple, list)) else (saved,)

@@ -296,7 +296,8 @@ class _ForwardTracker(Tracker):
             raise HypergradError("Forward needs the training loss of each step: call before_step(loss).")
         # Also parameters that this step does not move count: the gradients of others depend on them.
         involved = list(dict.fromkeys([*moving, *(p for key in keys for p in self._tangents[key].params)]))
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in involved]
+        # Of one that has no gradient now, such as a layer that was frozen meanwhile, the loss may well have one.
+        grads = [None if p.grad is None else p.grad.detach() for p in involved]
         asked = set(keys)
         clipped = None
         if isinstance(loss, ClippedLoss):

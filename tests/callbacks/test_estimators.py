@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from hypergrad import (
     CG,
     ConfigurationError,
+    Curvature,
     Estimator,
     Exact,
     FiniteDifference,
@@ -136,6 +137,30 @@ def test_a_difference_sees_only_the_pieces_that_the_step_was_on(tmp_path: Path, 
         fit(Kinked(), callback, tmp_path, **{"max_epochs": 4, **options})
         found[curvature] = callback.history[-1].hypergradients["lr"]
     assert found[FiniteDifference()] == pytest.approx(found[Exact()], rel=1e-2)
+
+
+class Freezes(Net):
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.trainer.current_epoch == 0)
+
+
+@pytest.mark.parametrize("curvature", [Exact(), FiniteDifference()], ids=["exact", "difference"])
+def test_what_is_frozen_meanwhile_is_still_differentiated(tmp_path: Path, curvature: Curvature) -> None:
+    def run(lr: float) -> Update:
+        torch.manual_seed(0)
+        callback = HyperGradient(
+            "lr",
+            estimator=Forward(1.0, curvature),
+            controller=Hold(),
+            every_n_steps=12,
+            val_dataloaders=DoubleData(n=16, seed=1),
+        )
+        fitted = trainer(tmp_path, callbacks=[callback], precision="64-true", max_epochs=2)
+        fitted.fit(Freezes("SGD", lr=lr, momentum=0.9).double(), DoubleData(), DoubleData(seed=1))
+        return callback.history[-1]
+
+    ends = [run(0.1 + h).val_loss for h in (1e-4, -1e-4)]
+    assert run(0.1).hypergradients["lr"] == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-5)
 
 
 class Recurrent(Net):

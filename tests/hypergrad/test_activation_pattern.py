@@ -60,12 +60,33 @@ FUNCTIONS: dict[str, Function] = {
     "cummax": lambda x, w: (x * w).cummax(-1)[0] * w,
     "maximum": lambda x, w: torch.maximum(x, _close_to(x) * w),
     "minimum of broadcast": lambda x, w: torch.minimum(x * w, w[0, 0]),
+    "fmin": lambda x, w: torch.fmin(x, _close_to(x) * w),
+    "clamp between tensors": lambda x, w: torch.clamp(x, -_near(w), _near(w)) * x,
+    "clamp between tensors, in place": lambda x, w: (x * 1).clamp_(-_near(w), _near(w)),
+    "clamp_min of a tensor": lambda x, w: torch.clamp_min(x * w, w[0, 0] - 1.0),
+    "clamp_max of a tensor": lambda x, w: torch.clamp_max(x, w / 2) * w,
+    "threshold in place": lambda x, w: F.threshold_(x * w, 0.5, 0.5),
+    "elu in place": lambda x, w: F.elu_(x * w, alpha=0.3),
+    "selu in place": lambda x, w: F.selu_(x * w),
     "where": lambda x, w: torch.where(x > 0, x * w, 0.1 * x),
+    "where, of a number": lambda x, w: torch.where(x > 0, x * w, 0.0),
+    "masked_fill": lambda x, w: (x * w).masked_fill(x < 0, 0.0),
+    "masked_fill with a tensor": lambda x, w: (x * w).masked_fill(x < 0, 0 * w[0, 0, 0, 0]),
+    "times a comparison": lambda x, w: x * (x > 0) * w,
+    "a comparison in numbers, times": lambda x, w: (x > 0).to(x.dtype) * x * w,
+    "median of all": lambda x, w: torch.stack([(x[i] * w[i]).median() for i in range(16)]),
+    "norm of order 1": lambda x, w: (x * w).norm(p=1, dim=-1) / 16,
+    "norm of order inf": lambda x, w: torch.linalg.vector_norm(x * w, float("inf"), dim=(0, 2), keepdim=True),
+    "sort, stable": lambda x, w: (x * w).sort(dim=2, stable=True)[0] * w,
 }
 
 
 def _close_to(x: torch.Tensor) -> torch.Tensor:
     return x.detach().roll(1, -1)
+
+
+def _near(w: torch.Tensor) -> torch.Tensor:
+    return 1.0 + (w[..., :1] - 1.0)
 
 
 def _problem() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -98,7 +119,7 @@ def test_the_difference_of_gradients_is_the_hessian_where_elements_switch(name: 
 
     loss = _loss(FUNCTIONS[name], inputs)
     pattern = ActivationPattern(loss)
-    assert pattern.is_whole
+    assert pattern.rounding <= torch.finfo(torch.float64).eps
     here = torch.autograd.grad(loss, inputs, create_graph=True)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(here, inputs, direction)])
     there = [(x + SHORT * v).detach().requires_grad_() for x, v in zip(inputs, direction, strict=True)]
@@ -108,7 +129,7 @@ def test_the_difference_of_gradients_is_the_hessian_where_elements_switch(name: 
         found = torch.cat([(a - b).flatten() / SHORT for a, b in pairs])
         off[held is not None] = float((found - expected).norm() / expected.norm())
     # The values of those that have switched are their own: a part as small as these are few.
-    assert off[True] < 0.3
+    assert off[True] < 0.4
     assert off[False] > 30.0 * off[True]  # with pieces of its own
 
 
@@ -141,13 +162,24 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "hidden",
-    [lambda x: _Doubled.apply(F.relu(x)), lambda x: checkpoint(F.relu, x, use_reentrant=True), _autocast],
-    ids=["Function", "reentrant checkpoint", "autocast"],
+    [
+        lambda x: _Doubled.apply(F.relu(x)),
+        lambda x: checkpoint(F.relu, x, use_reentrant=True),
+        _autocast,
+        lambda x: F.rrelu(x, training=True),
+        lambda x: x + (x.sign() - x).detach() + 0 * x.sign(),
+        lambda x: x.frac(),
+        lambda x: torch.div(x, 0.3, rounding_mode="floor") + x,
+        lambda x: F.hardshrink(x),
+        lambda x: torch.linalg.vector_norm(x, 3.0),
+        lambda x: torch.autograd.grad(F.relu(x).square().sum(), x, create_graph=True)[0],
+    ],
+    ids=lambda _: "",
 )
 def test_it_is_known_that_a_part_was_not_seen(hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.randn(4, 8, requires_grad=True)
-    assert ActivationPattern(F.relu(x).sum()).is_whole
-    assert not ActivationPattern(hidden(x).sum()).is_whole
+    assert ActivationPattern(F.relu(x).sum()).rounding == 0.0
+    assert ActivationPattern(hidden(x).sum()).rounding > 1e-3
 
 
 def test_products_in_less_than_full_precision_are_no_whole() -> None:
@@ -155,7 +187,7 @@ def test_products_in_less_than_full_precision_are_no_whole() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert not ActivationPattern(F.relu(x).sum()).is_whole
+        assert ActivationPattern(F.relu(x).sum()).rounding > 1e-3
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -170,7 +202,7 @@ def test_a_checkpointed_part_is_not_run_again() -> None:
     x = torch.randn(5, requires_grad=True)
     loss = checkpoint(part, x, use_reentrant=False).sum()
     pattern = ActivationPattern(loss)
-    assert not pattern.is_whole
+    assert pattern.rounding == float("inf")
     assert len(calls) == 1
     again = checkpoint(part, x, use_reentrant=False).sum()
     assert pattern.hold(again)  # of nothing
@@ -180,14 +212,73 @@ def test_a_checkpointed_part_is_not_run_again() -> None:
 def test_nothing_is_held_in_another_graph() -> None:
     x = torch.randn(5, requires_grad=True)
     pattern = ActivationPattern(F.relu(x).sum())
-    for other in (x.abs(), F.relu(F.relu(x)), x):
+    for other in (x.abs(), F.relu(F.relu(x)), x, F.relu(x[:3])):
         assert not pattern.hold(other.sum())
+
+
+def test_nothing_is_held_where_other_elements_are_taken() -> None:
+    x = torch.randn(5, requires_grad=True)
+    at = torch.tensor([0, 3])
+    for take in (lambda t, i: t[i], lambda t, i: t.index_select(0, i), lambda t, i: t.gather(0, i), torch.take):
+        pattern = ActivationPattern(F.relu(take(x, at)).sum())
+        assert pattern.hold(F.relu(take(x, at.clone())).sum())
+        assert not pattern.hold(F.relu(take(x, at + 1)).sum())
+    pattern = ActivationPattern(x[x > 0].sum())
+    assert not pattern.hold(x[x < 0].sum())
+
+
+@pytest.mark.parametrize(
+    "infinite",
+    [lambda h: F.relu(h).sqrt(), lambda h: h.clamp(-1, 0).abs().sqrt(), lambda h: torch.where(h > 0, h, 0.0).sqrt()],
+    ids=["relu", "clamp", "where"],
+)
+def test_what_is_infinite_beyond_a_kink_stays_there(infinite: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.tensor([-1.5, -0.5, 0.5, 1.5], requires_grad=True)
+    pattern, again = ActivationPattern(infinite(x).sum()), infinite(x).sum()
+    assert pattern.hold(again)
+    found, expected = torch.autograd.grad(again, x)[0], torch.autograd.grad(infinite(x).sum(), x)[0]
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_gradients_keep_their_dtype() -> None:
+    x, y = torch.randn(9, requires_grad=True), torch.randn(9, dtype=torch.bfloat16, requires_grad=True)
+    for of_two in (lambda: torch.where(x > 0, x, y), lambda: torch.maximum(x, y), lambda: (x * (y > 0)) + y):
+        pattern, shifted = ActivationPattern(of_two().sum()), of_two().sum()
+        for piece in pattern.state_dict()["pieces"]:  # so that there is something to hold
+            piece[1] = [~t if t.dtype == torch.bool else 1 - t for t in piece[1]]
+        restored = ActivationPattern.restored(pattern.state_dict(), torch.device("cpu"))
+        assert restored.hold(shifted)
+        assert [g.dtype for g in torch.autograd.grad(shifted, [x, y])] == [torch.float32, torch.bfloat16]
+
+
+def test_absolute_values_of_complex_numbers_are_no_pieces() -> None:
+    x, v = torch.randn(16, dtype=torch.float64, requires_grad=True), torch.randn(16, dtype=torch.float64)
+    here = torch.fft.rfft(x).abs().square().sum() + torch.fft.rfft(x).abs().sum()
+    pattern = ActivationPattern(here)
+    (g,) = torch.autograd.grad(here, x, create_graph=True)
+    (expected,) = torch.autograd.grad(g, x, v)
+    near = (x + 1e-6 * v).detach().requires_grad_()
+    there = torch.fft.rfft(near).abs().square().sum() + torch.fft.rfft(near).abs().sum()
+    assert pattern.hold(there)
+    torch.testing.assert_close(
+        (torch.autograd.grad(there, near)[0] - g.detach()) / 1e-6, expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_mask_that_the_user_changes_afterwards_does_not_change_the_pattern() -> None:
+    x, mask = torch.randn(6, requires_grad=True), torch.tensor([True, False] * 3)
+    pattern = ActivationPattern(torch.where(mask, x, 0.0).sum())
+    then = mask.clone()
+    mask.fill_(True)
+    again = torch.where(mask, x, 0.0).sum()
+    assert pattern.hold(again)
+    assert torch.equal(torch.autograd.grad(again, x)[0], then.to(x.dtype))
 
 
 def test_hooks_of_modules_hide_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     model[1].register_full_backward_hook(lambda *_: None)
-    assert ActivationPattern(model(torch.randn(2, 3)).sum()).is_whole
+    assert ActivationPattern(model(torch.randn(2, 3)).sum()).rounding == 0.0
 
 
 def _network(kind: str, dtype: torch.dtype) -> tuple[nn.Module, list[Callable[[nn.Module], torch.Tensor]]]:
@@ -252,9 +343,73 @@ def test_a_pattern_that_is_kept_takes_a_byte_per_element() -> None:
     x = torch.randn(1000, requires_grad=True)
     pattern = ActivationPattern((F.leaky_relu(F.relu(x), 0.1) * x).sum())
     pattern.shrink()
-    held = {kind: tensors[0] for kind, tensors, _ in pattern.state_dict()["pieces"]}
-    assert {kind: t.dtype for kind, t in held.items()} == {
-        "ReluBackward0": torch.bool,
-        "LeakyReluBackward0": torch.float32,  # its slopes
-    }
+    held = {kind: tensors[0] for kind, tensors, *_ in pattern.state_dict()["pieces"] if tensors}
+    assert held["ReluBackward0"].dtype == torch.bool
+    assert held["LeakyReluBackward0"].dtype == torch.float32  # its slopes
     assert torch.equal(held["ReluBackward0"], x > 0)
+
+
+def _compared(
+    model: nn.Module, optimizer: torch.optim.Optimizer, losses: Sequence[Callable[[Any], torch.Tensor]]
+) -> tuple[float, float]:
+    exact, difference = (
+        hypergradient(model, optimizer, losses[:-1], losses[-1], ["lr"], Forward(curvature=c)).grads["lr"].item()
+        for c in (Exact(), FiniteDifference())
+    )
+    return exact, difference
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_a_bias_whose_gradient_is_but_rounding_stays_out(kind: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(32) if kind == "batch" else nn.MultiheadAttention(16, 2, batch_first=True)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm, self.out = nn.Linear(16, 32 if kind == "batch" else 16), norm, nn.Linear(32, 5)
+            self.out = nn.Linear(32 if kind == "batch" else 16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner(x)
+            if kind == "batch":
+                return self.out(self.norm(h).tanh())
+            h = h.view(8, 8, 16)  # the bias of a key adds the same to all that the softmax sees
+            return self.out(self.norm(h, h, h, need_weights=False)[0].reshape(64, 16))
+
+    model = Model()
+    batches = [(torch.randn(64, 16), torch.randint(0, 5, (64,))) for _ in range(16)]
+    losses = [lambda m, x=x, y=y: F.cross_entropy(m(x), y) for x, y in batches]
+    exact, difference = _compared(model, torch.optim.Adam(model.parameters(), lr=3e-3), losses)
+    assert difference == pytest.approx(exact, rel=1e-2)
+
+
+def test_a_part_in_float32_makes_the_steps_of_a_double_network_longer() -> None:
+    model, losses = _network("perceptron", torch.float64)
+    losses = [lambda m, loss=loss: loss(lambda x: m(x).float()) for loss in losses]
+    exact, difference = _compared(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), losses)
+    assert difference == pytest.approx(exact, rel=1e-2)
+
+
+def test_routing_that_changes_is_let_go() -> None:
+    torch.manual_seed(0)
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+            self.out = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gates = self.router(x).softmax(-1)
+            parts = x.new_zeros(len(x), 16)
+            for i, expert in enumerate(self.experts):
+                mine = gates.argmax(-1) == i
+                parts = parts.masked_scatter(mine[:, None], gates[mine, i, None] * F.relu(expert(x[mine])))
+            return self.out(parts)
+
+    model = Routed()
+    batches = [(torch.randn(256, 8), torch.randint(0, 3, (256,))) for _ in range(9)]
+    losses = [lambda m, x=x, y=y: F.cross_entropy(m(x), y) for x, y in batches]
+    exact, difference = _compared(model, torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), losses)
+    assert abs(difference) < 100.0 * abs(exact)  # it jumps, which no difference survives; but it runs
