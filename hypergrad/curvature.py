@@ -35,9 +35,9 @@ Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
 Part = torch.Tensor | None
 
-# Elements of a gradient this many rounding errors of an ordinary one long, which change by more than this share of
-# themselves over a step of a thousandth, are rounding.
-_NOISE, _JUMP = 1000.0, 0.05
+# Elements of a gradient that are at most so many rounding errors of an ordinary one, and change by more than this share
+# of themselves on the way, are rounding.
+_NOISE, _JUMP = 100.0, 0.05
 
 
 class SharedLoss(HeldLoss):
@@ -409,10 +409,11 @@ class _Here:
     def _decide(self) -> None:
         seen = isinstance(self._loss, HeldLoss) and self._loss.rounding <= self._rounding
         self.is_held = self._everywhere(seen)
-        known = [g for g in self._known if g is not None]
         # As small as this is only what rounding makes of a gradient that is zero.
-        usual = _norm(known) / math.sqrt(max(sum(g.numel() for g in known), 1)) if known else torch.zeros(())
-        self._noise = _NOISE * self._rounding * usual
+        usual = [
+            torch.linalg.vector_norm(g).float() / g.numel() ** 0.5 for g in self._known if g is not None and g.numel()
+        ]
+        self._noise = _NOISE * self._rounding * torch.stack(usual).max() if usual else torch.zeros(())
 
     def _everywhere(self, here: bool) -> bool:
         """Whether it is so in all processes."""
@@ -451,7 +452,7 @@ class _Here:
             # Adam as large as any.
             largest = torch.maximum(there.abs(), here.abs())
             jumps = (there - here).abs() > _JUMP * largest
-            found.masked_fill_((here != 0) & (largest <= self._noise.to(largest)) & jumps, 0.0)
+            found.masked_fill_(here.any() & (largest <= self._noise.to(largest)) & jumps, 0.0)
         return found
 
 

@@ -24,7 +24,7 @@ Gelu Glu GroupedMm HuberLoss Hypot I0 Igamma Igammac Im2Col Imag Kron Lerp Lgamm
 LinalgCross LinalgDet LinalgEig LinalgEigh LinalgInvEx LinalgLstsq LinalgLu LinalgLuFactorEx LinalgLuSolve
 LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet LinalgSolveEx LinalgSolveTriangular LinalgSvd Linear Log Log10 Log1P
 Log2 LogSigmoid LogSoftmax Logaddexp Logaddexp2 Logcumsumexp Logit Logsumexp LuUnpack MaskedSoftmax Matmul Mean
-MiopenBatchNorm MiopenConvolution Mish MkldnnConvolution MkldnnLinear MkldnnRnnLayer Mm MpsConvolution MseLoss Mv
+MiopenBatchNorm MiopenConvolution Mish MkldnnConvolution MkldnnLinear MkldnnRnnLayer Mm MpsConvolution MseLoss Mul Mv
 Mvlgamma Nansum NarrowCopy NativeBatchNorm NativeDropout NativeGroupNorm NativeLayerNorm Neg NegView NllLoss NllLoss2D
 Normal PackPaddedSequence Permute PixelShuffle PixelUnshuffle Polar Polygamma Pow Prod Rad2Deg Real Reciprocal
 ReflectionPad1D ReflectionPad2D ReflectionPad3D Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias
@@ -43,30 +43,44 @@ _SMOOTH = frozenset(_NAMES.split())
 # Whole names: of no function, of one that hands gradients on as they are.
 _LINKS = {"AccumulateGrad", "CopySlices", "CopyBackwards", "BackwardHookFunctionBackward", "_DDPSinkBackward"}
 _ROUNDED_DIVISIONS = {"DivBackward2", "DivBackward3"}
+# Kinds that are smooth with some settings: the name of the setting, and those.
+_SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "Norm": ("p", (2.0,)),
+    "Cdist": ("p", (2.0,)),
+    "EmbeddingBag": ("mode", (0, 1)),  # sum and mean
+    "CudnnRnn": ("mode", (1, 2, 3)),  # tanh, LSTM and GRU
+}
 # Rounded to TF32 by default, on a CUDA device.
-_TF32 = {"ConvolutionBackward0", "CudnnConvolutionBackward0", "CudnnConvolutionTransposeBackward0", "CudnnRnnBackward0"}
-
-
-@cache
-def _is_smooth(name: str) -> bool:
-    if name in _LINKS:
-        return True
-    kind = re.fullmatch(r"(\w+?)Backward\d*", name)
-    return kind is not None and kind[1] in _SMOOTH and name not in _ROUNDED_DIVISIONS
+_TF32 = {"Convolution", "CudnnConvolution", "CudnnConvolutionTranspose", "CudnnRnn"}
+_CAST = "ToCopy"
 
 
 def rounding_of(node: Any, name: str) -> float:
     """How exact a node computes: 0 if as its inputs are, infinite where it may have pieces that are not seen."""
-    if name == "ToCopyBackward0":
-        dtype = dtype_of(node)
-        if dtype is None:
-            return math.inf
-        return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
-    if name in _TF32 and _on_cuda(node) and _rounds_convolutions():
+    kind = _special(name)
+    if kind is None:
+        return 0.0
+    if kind in _TF32 and _on_cuda(node) and _rounds_convolutions():
         return math.inf
-    if name == "CudnnRnnBackward0":
-        return math.inf if saved_by(node, "mode") == 0 else 0.0  # of ReLUs
-    return 0.0 if _is_smooth(name) else math.inf
+    if kind in _SETTINGS:
+        setting, smooth = _SETTINGS[kind]
+        return 0.0 if saved_by(node, setting) in smooth else math.inf
+    dtype = dtype_of(node) if kind == _CAST else None
+    if dtype is not None:
+        return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    return 0.0 if kind in _TF32 else math.inf
+
+
+@cache
+def _special(name: str) -> str | None:
+    """The kind of a node that has to be looked at; empty if it is not known, None if it is smooth."""
+    if name in _LINKS:
+        return None
+    found = re.fullmatch(r"(\w+?)Backward\d*", name)
+    kind = "" if found is None or name in _ROUNDED_DIVISIONS else found[1]
+    if kind in _TF32 or kind in _SETTINGS or kind == _CAST:
+        return kind
+    return None if kind in _SMOOTH else ""
 
 
 def rounds_products() -> bool:

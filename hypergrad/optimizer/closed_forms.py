@@ -6,7 +6,7 @@ here; anything else has none and takes the general way. Matched by exact class: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from hypergrad.optimizer.step import Direction, StateVector, differentiate_step
 Part = torch.Tensor | None  # None stands for zero
 Parts = dict[str, Part]
 
+# Tensors of up to so many elements are taken together, until there are enough: to call a kernel takes longer than it.
+_SMALL, _ENOUGH = 2**13, 2**16
+
 
 class _Elements:
-    """Some elements of one parameter just before a step, along one direction.
+    """Some elements of a parameter, or of several, just before a step, along one direction.
 
     Args:
         param, grad, state: what the step reads; state is absent on the first step.
@@ -63,6 +66,7 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
         rates = {name: rate for (i, name), rate in asked.items() if i == index}
         params = stepped_params(group)
         counters = counters_of(optimizer, params)
+        asked_of: dict[torch.Tensor, _Elements] = {}
         for p in params:
             along = {
                 "param": direction.params.get(p),
@@ -71,12 +75,16 @@ def carried(optimizer: torch.optim.Optimizer, direction: Direction) -> StateVect
             }
             if not rates and all(tangent is None for tangent in along.values()):
                 continue
-            step = counters[p].get("step", 0.0)
-            after = _carry(rule, p, gradient_of(p), optimizer.state.get(p, {}), along, group, rates, step)
-            if "param" in after:
-                result.params[p] = after.pop("param")
-            if after:
-                result.state[p] = after
+            state, step = optimizer.state.get(p, {}), counters[p].get("step", 0.0)
+            known = {key: state.get(key) for key in rule.state}
+            asked_of[p] = _Elements(p.detach(), gradient_of(p), known, along, group, rates, step)
+        for together in _bundles(asked_of):
+            after = _carry(rule, _joined([asked_of[p] for p in together]))
+            for p, tangents in zip(together, _parts(after, together), strict=True):
+                if "param" in tangents:
+                    result.params[p] = tangents.pop("param")
+                if tangents:
+                    result.state[p] = tangents
     return result
 
 
@@ -189,36 +197,73 @@ def _rule_of(optimizer: torch.optim.Optimizer, group: ParamGroup) -> _Rule | Non
     return rule if wide else None
 
 
-def _carry(
-    rule: _Rule,
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    state: Mapping[str, Any],
-    along: Parts,
-    group: ParamGroup,
-    rates: Mapping[str, float],
-    step: float,
-) -> dict[str, torch.Tensor]:
+def _bundles(elements: Mapping[torch.Tensor, _Elements]) -> Iterator[list[torch.Tensor]]:
+    """Parameters whose steps are computed as one: small ones that are alike in all but their numbers."""
+    bundles: dict[Any, list[torch.Tensor]] = {}
+    sizes: dict[Any, int] = {}
+    for p, at in elements.items():
+        if p.numel() > _SMALL:
+            yield [p]
+            continue
+        absent = [key for key, part in (*at.state.items(), *at.along.items()) if part is None]
+        kind = (p.dtype, p.device, at.step, len(at.along), *absent)
+        bundles.setdefault(kind, []).append(p)
+        sizes[kind] = sizes.get(kind, 0) + p.numel()
+        if sizes[kind] > _ENOUGH:
+            del sizes[kind]
+            yield bundles.pop(kind)
+    yield from bundles.values()
+
+
+def _joined(parts: Sequence[_Elements]) -> _Elements:
+    """Those of all parts, end to end."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def flat(tensors: Sequence[Part]) -> Part:
+        present = [t.reshape(-1) for t in tensors if t is not None]
+        return torch.cat(present) if present else None
+
+    param, grad = torch.cat([p.param.reshape(-1) for p in parts]), torch.cat([p.grad.reshape(-1) for p in parts])
+    state = {key: flat([p.state[key] for p in parts]) for key in first.state}
+    along = {key: flat([p.along[key] for p in parts]) for key in first.along}
+    return _Elements(param, grad, state, along, first.group, first.rates, first.step)
+
+
+def _parts(after: Mapping[str, torch.Tensor], params: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The tangents of each parameter, in its shape."""
+    if len(params) == 1:
+        return [dict(after)]
+    sizes = [p.numel() for p in params]
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in params]
+    for key, flat in after.items():
+        for p, part, tangent in zip(params, parts, torch.split(flat, sizes), strict=True):
+            part[key] = tangent.view(p.shape)
+    return parts
+
+
+def _carry(rule: _Rule, at: _Elements) -> dict[str, torch.Tensor]:
     """The tangents after a step, by key; those before it are overwritten."""
-    count = pieces_of(param)
+    count = pieces_of(at.param)
     result: dict[str, torch.Tensor] = {}
     targets: dict[str, list[Any]] = {}
-    values, grads = pieces(param.detach(), count), pieces(grad, count)
-    entries = {key: _pieces(state.get(key), count) for key in rule.state}
-    moving = {key: _pieces(t, count) for key, t in along.items()}
+    values, grads = pieces(at.param, count), pieces(at.grad, count)
+    entries = {key: _pieces(t, count) for key, t in at.state.items()}
+    moving = {key: _pieces(t, count) for key, t in at.along.items()}
     for i, (value, slope) in enumerate(zip(values, grads, strict=True)):
         known = {key: parts[i] for key, parts in entries.items()}
         before = {key: parts[i] for key, parts in moving.items()}
-        after = rule.derivative(_Elements(value, slope, known, before, group, rates, step))
+        after = rule.derivative(_Elements(value, slope, known, before, at.group, at.rates, at.step))
         for key, tangent in after.items():
             if tangent is None:
                 continue
             if key not in result:
-                old = along[key]
+                old = at.along[key]
                 if old is not None and old.is_contiguous():
                     result[key], targets[key] = old, moving[key]
                 else:
-                    result[key] = torch.empty_like(param)
+                    result[key] = torch.empty_like(at.param)
                     targets[key] = _pieces(result[key], count)
             if tangent is not targets[key][i]:
                 targets[key][i].copy_(tangent)

@@ -145,6 +145,41 @@ def test_hardsigmoid_which_has_no_second_derivative() -> None:
     assert not torch.allclose(own, expected)
 
 
+def _vectors(*shape: int) -> torch.Tensor:
+    return nn.Linear(6, 6)(torch.randn(*shape, 6))
+
+
+ORDINARY: dict[str, Callable[[], torch.Tensor]] = {
+    "encoder": lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)(_vectors(2, 3)),
+    "decoder": lambda: nn.TransformerDecoderLayer(6, 2, 8, norm_first=True)(_vectors(2, 3), _vectors(2, 3)),
+    "LSTM": lambda: nn.LSTM(6, 4, 2, bidirectional=True)(_vectors(2, 3))[0],
+    "GRU": lambda: nn.GRU(6, 4)(_vectors(2, 3))[0],
+    "RNN": lambda: nn.RNN(6, 4, nonlinearity="relu")(_vectors(2, 3))[0],
+    "convolutions": lambda: nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Dropout2d()),
+        *(nn.ConvTranspose2d(4, 2, 3), nn.GroupNorm(1, 2), nn.SiLU(), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)),
+    )(_vectors(2, 1, 12)),
+    "RMSNorm": lambda: nn.RMSNorm(6)(_vectors(2)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 2))(_vectors(2)),
+    "embedding": lambda: nn.Embedding(3, 6)(torch.tensor([0, 2])) * _vectors(2),
+    "embedding_bag": lambda: nn.EmbeddingBag(3, 6)(torch.tensor([[0, 2]])),
+    "cross_entropy": lambda: F.cross_entropy(_vectors(2), torch.tensor([0, 2]), label_smoothing=0.1),
+    "triplet": lambda: F.triplet_margin_loss(_vectors(2), _vectors(2), _vectors(2)),
+    "ctc": lambda: F.ctc_loss(
+        _vectors(3, 1).log_softmax(-1), torch.tensor([[1]]), torch.tensor([3]), torch.tensor([1])
+    ),
+    "contrastive": lambda: (F.normalize(_vectors(4)) @ F.normalize(_vectors(4)).T).logsumexp(1),
+    "distances": lambda: torch.cdist(_vectors(3), _vectors(3)),
+    "attention": lambda: F.scaled_dot_product_attention(_vectors(1, 3), _vectors(1, 3), _vectors(1, 3), is_causal=True),
+    "written into": lambda: torch.zeros(2, 6).index_put((torch.tensor([1]),), _vectors(1)),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_networks_are_seen_as_a_whole(name: str) -> None:
+    assert ActivationPattern(ORDINARY[name]().sum()).rounding == 0.0
+
+
 class _Doubled(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
