@@ -18,7 +18,7 @@ from hypergrad.controllers.readout import Best, Readout
 from hypergrad.controllers.rewind import Rewind, notable
 from hypergrad.controllers.shape import Cosine, Linear, Shape
 from hypergrad.controllers.timescale import Timescale
-from hypergrad.curvature import Curvature, Exact, FiniteDifference, SharedLoss
+from hypergrad.curvature import Curvature, Exact, SharedLoss
 from hypergrad.data import split
 from hypergrad.errors import (
     ConfigurationError,
@@ -32,6 +32,7 @@ from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.online import Online
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.finite_difference import FiniteDifference
 from hypergrad.functional import HypergradientResult, check_names, hypergradient
 from hypergrad.hyperparameter import OptimizerHyperparameter, resolve
 from hypergrad.isolation import preserved

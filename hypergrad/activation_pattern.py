@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hypergrad.autodiff import nodes
-from hypergrad.piecewise import KINDS, Piece
+from hypergrad.node_kinds import KINDS
+from hypergrad.piecewise import Piece
 from hypergrad.smooth_nodes import rounding_of, rounds_products
 from hypergrad.torch_internals import is_packed
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from hypergrad.activation_pattern import ActivationPattern, HeldLoss
-from hypergrad.autodiff import kinds, moved, requiring_grad
-from hypergrad.chunks import pieces, pieces_of
-from hypergrad.errors import ConfigurationError, NotDifferentiableError
+from hypergrad.autodiff import kinds, requiring_grad
+from hypergrad.errors import NotDifferentiableError
 from hypergrad.second_derivatives import (
     Mean,
     has_second_derivative,
@@ -33,11 +32,6 @@ Evaluation = Callable[[], torch.Tensor]
 # One entry per input, in its shape; None stands for zero.
 Vector = Sequence[torch.Tensor | None]
 Product = Callable[[Vector], list[torch.Tensor | None]]
-Part = torch.Tensor | None
-
-# Elements of a gradient that are at most so many rounding errors of an ordinary one, and change by more than this share
-# of themselves on the way, are rounding.
-_NOISE, _JUMP = 100.0, 0.05
 
 
 class SharedLoss(HeldLoss):
@@ -287,186 +281,6 @@ def _product(
     return [None if row is None else row.detach() for row in found]
 
 
-@dataclass(frozen=True)
-class FiniteDifference(Curvature):
-    """H v = (g(x + e v) - g(x)) / e, with e v of relative size `step`: one more gradient per direction.
-
-    Works wherever a gradient does: fused attention, recurrent kernels, compiled modules, mixed precision. A direction
-    in both parameters and hyperparameters costs two, and one more is spent where g(x) is not known.
-
-    An approximation: good to three or four digits. Both gradients are taken on the same pieces of the network (see
-    `ActivationPattern`): else units that switch within a step, as those of a ReLU do, would add noise, which rules that
-    divide by the root of a second moment (Adam) multiply for units that are rarely active. Where the pieces cannot be
-    seen that is what happens, and over some ten steps it can drown the hypergradient: in compiled modules, under
-    activation checkpoints, in what compares by hand (`x * (x > 0)`). Compare with `Exact()` there, or use `check`.
-
-    Args:
-        step: size of e v relative to 1 + |x|, in (0, 1). Default: the square root of the rounding error of the
-            parameters' dtype (3e-4 in float32) where the whole of the network is held on its pieces. Where it is not,
-            or parts are computed in less (autocast, TF32), the cube root (5e-3): small ones are lost in noise there.
-
-    Raises:
-        ConfigurationError: for a step outside (0, 1).
-    """
-
-    step: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.step is not None and not 0.0 < self.step < 1.0:
-            raise ConfigurationError(f"`step` must lie in (0, 1), but got {self.step!r}.")
-
-    @property
-    def uses_pattern(self) -> bool:
-        """Whether it differentiates on the pieces of the step."""
-        return True
-
-    def at(
-        self,
-        loss: Evaluation,
-        inputs: Sequence[torch.Tensor],
-        grads: Vector,
-        *,
-        products: int | None = None,  # noqa: ARG002
-    ) -> AbstractContextManager[Product]:
-        """See `Curvature.at`."""
-        return self._at(loss, inputs, grads, dead=True)
-
-    def at_minimum(
-        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector
-    ) -> AbstractContextManager[Product]:
-        """See `Curvature.at_minimum`."""
-        return self._at(loss, inputs, grads, dead=False)
-
-    @contextmanager
-    def _at(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, *, dead: bool) -> Iterator[Product]:
-        # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
-        blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
-        with requiring_grad(inputs), torch.no_grad():
-            here = _Here(loss, inputs, grads)
-
-            def along(v: Vector) -> list[torch.Tensor | None] | None:
-                """H v; None if a gradient could not be taken on the pieces of the other, as it was to be."""
-                result: list[torch.Tensor | None] = [None] * len(inputs)
-                for block in blocks:
-                    rows = [i for i in block if v[i] is not None]
-                    if not rows:
-                        continue
-                    moving, directions = [inputs[i] for i in rows], [d for d in (v[i] for i in rows) if d is not None]
-                    step = self.step if self.step is not None else here.step
-                    length = step * (1.0 + _norm(moving)) / (_norm(directions) + 1e-30)
-                    with moved(moving, directions, length):
-                        there = here.gradient()
-                    if there is None:
-                        return None
-                    for i, a in enumerate(there):
-                        change = here.change(i, a, length, dead=dead)
-                        if change is not None:
-                            other = result[i]
-                            result[i] = change if other is None else other + change
-                return result
-
-            def product(v: Vector) -> list[torch.Tensor | None]:
-                for retreat in (here.look_again, here.let_go):
-                    found = along(v)
-                    if found is not None:
-                        return found
-                    retreat()
-                return along(v) or [None] * len(inputs)
-
-            yield product
-
-
-class _Here:
-    """The point at which curvature is sought: the gradient there, and the pieces that it was taken on.
-
-    Args:
-        loss, inputs, grads: see `Curvature.at`.
-    """
-
-    def __init__(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> None:
-        self._inputs, self._mean = inputs, mean_of(loss)
-        self._again, self._loss = loss, loss
-        self._known = list(grads)
-        self._rounding = max(torch.finfo(x.dtype).eps for x in inputs)
-        if any(g is None for g in grads):
-            self.look_again()
-        else:
-            self._decide()
-
-    def look_again(self) -> None:
-        """Take the gradient here once more."""
-        with torch.enable_grad():
-            value = self._again()
-            self._loss = HeldAt(self._again, ActivationPattern(value))
-            found = torch.autograd.grad(value, list(self._inputs), allow_unused=True)
-        self._known = self._mean(found, self._inputs)
-        self._decide()
-
-    def let_go(self) -> None:
-        """Do without the pieces."""
-        self._loss, self.is_held = self._again, False
-
-    def _decide(self) -> None:
-        seen = isinstance(self._loss, HeldLoss) and self._loss.rounding <= self._rounding
-        self.is_held = self._everywhere(seen)
-        # As small as this is only what rounding makes of a gradient that is zero.
-        usual = [
-            torch.linalg.vector_norm(g).float() / g.numel() ** 0.5 for g in self._known if g is not None and g.numel()
-        ]
-        self._noise = _NOISE * self._rounding * torch.stack(usual).max() if usual else torch.zeros(())
-
-    def _everywhere(self, here: bool) -> bool:
-        """Whether it is so in all processes."""
-        flag = self._inputs[0].new_tensor(float(here))
-        (share,) = self._mean([flag], [flag])
-        return here if share is flag or share is None else float(share) == 1.0
-
-    @property
-    def step(self) -> float:
-        """How far to go, relative to the size of what is moved."""
-        return math.sqrt(self._rounding) if self.is_held else math.cbrt(self._rounding)
-
-    def gradient(self) -> list[torch.Tensor | None] | None:
-        """The gradient where the inputs stand now; None if it is not on the pieces of that here, and was to be."""
-        with torch.enable_grad():
-            value, is_on_them = self._loss.held() if isinstance(self._loss, HeldLoss) else (self._loss(), False)
-            if self.is_held and not self._everywhere(is_on_them):
-                return None
-            found = torch.autograd.grad(value, list(self._inputs), allow_unused=True)
-        return self._mean(found, self._inputs)
-
-    def change(self, index: int, there: torch.Tensor | None, length: torch.Tensor, *, dead: bool) -> Part:
-        """The change of a gradient, per length.
-
-        Args:
-            dead: whether what is exactly 0 stays so where units may switch: a dead unit, a row of an embedding that the
-                batch lacks. Adam divides by the root of its second moment, 0, and would make of a unit that the
-                difference wakes up a tangent of 1 / eps.
-        """
-        here = self._known[index]
-        if there is None or here is None:
-            return None
-        found = _quotient(there, here, length.to(there), dead=dead and not self.is_held)
-        if self.is_held and here.dim() <= 1:
-            # A bias before a normalisation has no gradient but for rounding, which a small step would make large, and
-            # Adam as large as any.
-            largest = torch.maximum(there.abs(), here.abs())
-            jumps = (there - here).abs() > _JUMP * largest
-            found.masked_fill_(here.any() & (largest <= self._noise.to(largest)) & jumps, 0.0)
-        return found
-
-
-def _quotient(a: torch.Tensor, b: torch.Tensor, length: torch.Tensor, *, dead: bool) -> torch.Tensor:
-    """(a - b) / length; if `dead`, 0 where b is."""
-    result, count = torch.empty_like(b, memory_format=torch.contiguous_format), pieces_of(b)
-    for x, y, target in zip(pieces(a, count), pieces(b, count), pieces(result, count), strict=True):
-        torch.sub(x, y, out=target).div_(length)
-        if dead:
-            alive = y.sign()  # its square is 0 where y is, and 1 elsewhere; a mask would take three times as long
-            target.mul_(alive).mul_(alive)
-    return result
-
-
 @torch.no_grad()
 def check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
     """The gradient that a step was taken with must be that of the loss as it is evaluated again."""
@@ -475,7 +289,7 @@ def check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
     ]
     if not pairs:
         return
-    off, size = _norm([f - k for f, k in pairs]), _norm([k for _, k in pairs])
+    off, size = norm_of([f - k for f, k in pairs]), norm_of([k for _, k in pairs])
     half = any(k.dtype in (torch.float16, torch.bfloat16) for _, k in pairs) or torch.is_autocast_enabled("cpu")
     if bool(size.isfinite()) and not bool(off <= (0.5 if half else 0.05) * size + 1e-6):
         raise NotDifferentiableError(
@@ -486,7 +300,8 @@ def check_same(found: Sequence[torch.Tensor | None], known: Vector) -> None:
         )
 
 
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def norm_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all of them together, in float32."""
     norms = torch.stack([torch.linalg.vector_norm(t.detach()).float() for t in tensors])
     norm: torch.Tensor = torch.linalg.vector_norm(norms)
     return norm
