@@ -12,7 +12,7 @@ import torch
 from hypergrad.autodiff import nodes
 from hypergrad.node_kinds import KINDS
 from hypergrad.piecewise import Piece
-from hypergrad.smooth_nodes import rounding_of, rounds_products
+from hypergrad.smooth_nodes import is_smooth, rounding_of, rounds_products
 from hypergrad.torch_internals import is_packed
 
 
@@ -30,12 +30,13 @@ class ActivationPattern:
     def __init__(self, loss: torch.Tensor) -> None:
         self._pieces: list[Piece | None] = []
         self._rounding = math.inf if rounds_products() else 0.0
-        for node in nodes([loss]):
-            name = type(node).__name__
-            if name in KINDS:
-                self._pieces.append(_stand(node, name))
-            else:
-                self._rounding = max(self._rounding, rounding_of(node, name))
+        with torch.no_grad():
+            for node in nodes([loss]):
+                name = type(node).__name__
+                if name in KINDS:
+                    self._pieces.append(_stand(node, name))
+                elif not is_smooth(name):  # as nearly all of them are
+                    self._rounding = max(self._rounding, rounding_of(node, name, on_cuda=loss.is_cuda))
         if None in self._pieces:
             self._rounding = math.inf
 
@@ -61,7 +62,10 @@ class ActivationPattern:
         if len(found) != len(self._pieces):
             return False
         pairs = [(node, piece) for node, piece in zip(found, self._pieces, strict=True) if piece is not None]
-        if any(type(node).__name__ != piece.kind or is_packed(node) for node, piece in pairs):
+        if any(type(node).__name__ != piece.kind for node, piece in pairs):
+            return False
+        pairs = [(node, piece) for node, piece in pairs if piece.held]
+        if any(is_packed(node) for node, _ in pairs):
             return False
         with torch.no_grad():
             fits = [KINDS[piece.kind].fits(node, piece) for node, piece in pairs]
@@ -129,7 +133,6 @@ def _shrunken(held: torch.Tensor) -> torch.Tensor:
     return switches if torch.equal(switches.to(held.dtype), held) else held
 
 
-@torch.no_grad()
 def _stand(node: Any, name: str) -> Piece | None:
     if is_packed(node):
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hypergrad.piecewise import Bent, Kind, Masked, Pool, Reduction, Same, Selection, Shared, Shares, Sloped
+from hypergrad.piecewise import Bent, Kind, Masked, Piece, Pool, Reduction, Same, Selection, Shared, Shares, Sloped
 from hypergrad.torch_internals import saved_by
 
 
@@ -83,17 +83,30 @@ def _filled(node: Any) -> Shares:
     return ~mask, mask
 
 
-def _product(node: Any) -> Shares | None:
-    """Of a product with a mask, which is a comparison made by hand; None of any other."""
-    for name in ("other", "self"):
-        factor = saved_by(node, name)
-        if factor is None or getattr(node, f"_saved_{name}").requires_grad:
-            continue
-        if factor.dtype == torch.bool or _is_binary(factor):
-            nothing = torch.zeros((), dtype=torch.bool, device=factor.device)
-            mask = factor.bool()
-            return (mask.clone(), nothing) if name == "other" else (nothing, mask.clone())
-    return None
+class _Product(Shared):
+    """A product with a mask is a comparison made by hand; any other is smooth."""
+
+    _OTHER = Piece("MulBackward0")
+
+    def __init__(self) -> None:
+        super().__init__(self._masks)
+
+    def stand(self, node: Any) -> Piece | None:
+        # There are many of them.
+        other, own = saved_by(node, "other"), saved_by(node, "self")
+        if (other is None or other.requires_grad) and (own is None or own.requires_grad):
+            return self._OTHER
+        return super().stand(node)
+
+    @staticmethod
+    def _masks(node: Any) -> Shares | None:
+        for name in ("other", "self"):
+            factor = saved_by(node, name)
+            if factor is None or factor.requires_grad or not (factor.dtype == torch.bool or _is_binary(factor)):
+                continue
+            mask, nothing = factor.bool().clone(), torch.zeros((), dtype=torch.bool, device=factor.device)
+            return (mask, nothing) if name == "other" else (nothing, mask)
+        return None
 
 
 def _is_binary(factor: torch.Tensor) -> bool:
@@ -194,7 +207,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("MinimumBackward0", "FminBackward0"), Shared(_larger(-1))),
     "WhereBackward0": Shared(_where),
     **dict.fromkeys(("MaskedFillBackward0", "MaskedFillBackward1"), Shared(_filled)),
-    "MulBackward0": Shared(_product),
+    "MulBackward0": _Product(),
     **{
         f"{name}Backward0": Same(kept)
         for kept, names in (

@@ -55,12 +55,13 @@ _TF32 = {"Convolution", "CudnnConvolution", "CudnnConvolutionTranspose", "CudnnR
 _CAST = "ToCopy"
 
 
-def rounding_of(node: Any, name: str) -> float:
-    """How exact a node computes: 0 if as its inputs are, infinite where it may have pieces that are not seen."""
-    kind = _special(name)
-    if kind is None:
-        return 0.0
-    if kind in _TF32 and _on_cuda(node) and _rounds_convolutions():
+def rounding_of(node: Any, name: str, *, on_cuda: bool) -> float:
+    """How exact a node computes: 0 if as its inputs are, infinite where it may have pieces that are not seen.
+
+    Tensors that the node keeps are not looked at: somebody may have packed them.
+    """
+    kind = _kind(name)
+    if kind in _TF32 and on_cuda and _rounds_convolutions():
         return math.inf
     if kind in _SETTINGS:
         setting, smooth = _SETTINGS[kind]
@@ -68,19 +69,20 @@ def rounding_of(node: Any, name: str) -> float:
     dtype = dtype_of(node) if kind == _CAST else None
     if dtype is not None:
         return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
-    return 0.0 if kind in _TF32 else math.inf
+    return 0.0 if name in _LINKS or kind in _SMOOTH else math.inf
 
 
 @cache
-def _special(name: str) -> str | None:
-    """The kind of a node that has to be looked at; empty if it is not known, None if it is smooth."""
-    if name in _LINKS:
-        return None
+def is_smooth(name: str) -> bool:
+    """Whether nodes of this name have no pieces and are exact, whatever their settings."""
+    kind = _kind(name)
+    return name in _LINKS or (kind in _SMOOTH and kind not in _TF32)
+
+
+@cache
+def _kind(name: str) -> str:
     found = re.fullmatch(r"(\w+?)Backward\d*", name)
-    kind = "" if found is None or name in _ROUNDED_DIVISIONS else found[1]
-    if kind in _TF32 or kind in _SETTINGS or kind == _CAST:
-        return kind
-    return None if kind in _SMOOTH else ""
+    return "" if found is None or name in _ROUNDED_DIVISIONS else found[1]
 
 
 def rounds_products() -> bool:
@@ -96,8 +98,3 @@ def _rounds_convolutions() -> bool:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:  # set per operation
         return True
-
-
-def _on_cuda(node: Any) -> bool:
-    weight = saved_by(node, "weight", saved_by(node, "weight_buf"))
-    return weight is None or bool(weight.is_cuda)

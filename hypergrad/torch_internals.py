@@ -64,12 +64,11 @@ def without_gradient_hooks(tensors: Iterable[torch.Tensor], module: torch.nn.Mod
 
 
 def saved_by(node: Any, name: str, default: Any = None) -> Any:
-    """What a node of a graph keeps for its own use: a tensor without its graph, or a setting.
+    """What a node of a graph keeps for its own use: tensors, to be looked at under `no_grad`, and settings.
 
     Uses `node._saved_*`, which torch's tutorial on saved tensors describes and its reference does not.
     """
-    value = getattr(node, f"_saved_{name}", default)
-    return value.detach() if isinstance(value, torch.Tensor) else value
+    return getattr(node, f"_saved_{name}", default)
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
@@ -92,17 +91,14 @@ def is_packed(node: Any) -> bool:
 
     Uses `node._raw_saved_*` and its `unpack_hook`: hooks on saved tensors can be registered, not asked for.
     """
-    return any(
-        getattr(saved, "unpack_hook", None) is not None
-        for name in _raw_names(node.__class__)
-        for saved in _listed(getattr(node, name))
-    )
+    for name in _raw_names(node.__class__):
+        saved = getattr(node, name)
+        for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if getattr(tensor, "unpack_hook", None) is not None:
+                return True
+    return False
 
 
 @cache
 def _raw_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-
-
-def _listed(saved: Any) -> Any:
-    return saved if isinstance(saved, (tuple, list)) else (saved,)
