@@ -189,8 +189,6 @@ class Run:
 
     def lost(self, loss: torch.Tensor) -> None:
         """A training loss is about to be differentiated, as Lightning's hook has it."""
-        if self._training_loss is not None:
-            self._training_loss.goes_back(loss)
         if self._pieces is not None:
             self._pieces.lost(loss)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -133,18 +133,15 @@ class TrainingLoss:
         output = self._step(*args, **kwargs)
         loss = _loss_of(output)
         if loss is not None:
-            self._calls.append(Call(args, kwargs, rng, buffers, progress, loss.detach()))
+            wanted = any(tracker.needs_pattern for tracker in self.trackers)
+            pattern = ActivationPattern(loss) if wanted else None
+            self._calls.append(Call(args, kwargs, rng, buffers, progress, loss.detach(), pattern))
             self._went_back.append(False)
         return output
 
     def gradients_cleared(self) -> None:
         """The gradients are set to zero: of what was called before, only the loss that is about to be used counts."""
         del self._calls[:-1], self._went_back[:-1]
-
-    def goes_back(self, loss: torch.Tensor) -> None:
-        """The loss of the last call is about to be differentiated."""
-        if self._calls and any(tracker.needs_pattern for tracker in self.trackers):
-            self._calls[-1] = replace(self._calls[-1], pattern=ActivationPattern(loss))
 
     def went_back(self) -> None:
         """The loss of the last call has been differentiated: its gradients are in the coming step."""

@@ -15,9 +15,9 @@ from hypergrad.chunks import pieces, pieces_of
 from hypergrad.curvature import Curvature, Evaluation, HeldAt, Product, Vector, mean_of, norm_of
 from hypergrad.errors import ConfigurationError
 
-# Elements of a gradient that are at most so many rounding errors of an ordinary one, and change by more than this share
-# of themselves on the way, are rounding.
-_NOISE, _JUMP = 100.0, 0.05
+# Elements of a gradient that are at most so many rounding errors of an ordinary one, and change by more than this many
+# times the step, are rounding; in half precision nothing can be said of it.
+_NOISE, _JUMP, _COARSE = 100.0, 150.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class FiniteDifference(Curvature):
     `ActivationPattern`): else units that switch within a step, as those of a ReLU do, would add noise, which rules that
     divide by the root of a second moment (Adam) multiply for units that are rarely active. Where the pieces cannot be
     seen that is what happens, and over some ten steps it can drown the hypergradient: in compiled modules, under
-    activation checkpoints, in operations that are not known to be smooth. Compare with `Exact()` there, or use `check`.
+    activation checkpoints, in operations that are not known to be smooth. It also does where a product has a factor of
+    several numbers that comparisons have made, `x * torch.where(x > 0, 1.0, 0.1)`, which looks like any constant (one
+    of 0 and 1 does not). Compare with `Exact()` there, or use `check`.
     A value that jumps, as where routing chooses other experts, has no derivative that a difference could find.
 
     Args:
@@ -76,7 +78,7 @@ class FiniteDifference(Curvature):
         # Parameters and hyperparameters differ in scale, and so does how far each may be moved.
         blocks = [[i for i, g in enumerate(grads) if (g is None) == unknown] for unknown in (False, True)]
         with requiring_grad(inputs), torch.no_grad():
-            here = _Here(loss, inputs, grads)
+            here = _Here(loss, inputs, grads, self.step)
 
             def along(v: Vector) -> list[torch.Tensor | None] | None:
                 """H v; None if a gradient could not be taken on the pieces of the other, as it was to be."""
@@ -86,7 +88,7 @@ class FiniteDifference(Curvature):
                     if not rows:
                         continue
                     moving, directions = [inputs[i] for i in rows], [d for d in (v[i] for i in rows) if d is not None]
-                    step = self.step if self.step is not None else here.step
+                    step = here.step
                     length = step * (1.0 + norm_of(moving)) / (norm_of(directions) + 1e-30)
                     with moved(moving, directions, length):
                         there = here.gradient()
@@ -115,12 +117,17 @@ class _Here:
 
     Args:
         loss, inputs, grads: see `Curvature.at`.
+        step: what the user says.
     """
 
-    def __init__(self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector) -> None:
+    def __init__(
+        self, loss: Evaluation, inputs: Sequence[torch.Tensor], grads: Vector, step: float | None = None
+    ) -> None:
+        self._step = step
         self._inputs, self._mean = inputs, mean_of(loss)
         self._again, self._loss = loss, loss
         self._known = list(grads)
+        self._stepped = [i for i, g in enumerate(grads) if g is not None]
         self._rounding = max(torch.finfo(x.dtype).eps for x in inputs)
         if any(g is None for g in grads):
             self.look_again()
@@ -144,20 +151,21 @@ class _Here:
         seen = isinstance(self._loss, HeldLoss) and self._loss.rounding <= self._rounding
         self.is_held = self._everywhere(seen)
         # As small as this is only what rounding makes of a gradient that is zero.
-        usual = [
-            torch.linalg.vector_norm(g).float() / g.numel() ** 0.5 for g in self._known if g is not None and g.numel()
-        ]
+        stepped = [g for g in (self._known[i] for i in self._stepped) if g is not None and g.numel()]
+        usual = [torch.linalg.vector_norm(g).float() / g.numel() ** 0.5 for g in stepped]
         self._noise = _NOISE * self._rounding * torch.stack(usual).max() if usual else torch.zeros(())
 
     def _everywhere(self, here: bool) -> bool:
         """Whether it is so in all processes."""
-        flag = self._inputs[0].new_tensor(float(here))
-        (share,) = self._mean([flag], [flag])
-        return here if share is flag or share is None else float(share) == 1.0
+        missing = self._inputs[0].new_tensor(float(not here))
+        (share,) = self._mean([missing], [missing])
+        return here if share is missing or share is None else float(share) == 0.0
 
     @property
     def step(self) -> float:
         """How far to go, relative to the size of what is moved."""
+        if self._step is not None:
+            return self._step
         return math.sqrt(self._rounding) if self.is_held else math.cbrt(self._rounding)
 
     def gradient(self) -> list[torch.Tensor | None] | None:
@@ -175,19 +183,19 @@ class _Here:
         """The change of a gradient, per length.
 
         Args:
-            dead: whether what is exactly 0 stays so where units may switch: a dead unit, a row of an embedding that the
-                batch lacks. Adam divides by the root of its second moment, 0, and would make of a unit that the
-                difference wakes up a tangent of 1 / eps.
+            dead: whether a gradient of 0 says something. What is exactly 0 stays so where units may switch: a dead
+                unit, a row of an embedding that the batch lacks. Adam divides by the root of its second moment, 0, and
+                would make of a unit that the difference wakes up a tangent of 1 / eps.
         """
         here = self._known[index]
         if there is None or here is None:
             return None
         found = _quotient(there, here, length.to(there), dead=dead and not self.is_held)
-        if self.is_held and here.dim() <= 1:
+        if dead and self.is_held and here.dim() <= 1 and index in self._stepped and self._rounding < _COARSE:
             # A bias before a normalisation has no gradient but for rounding, which a small step would make large, and
             # Adam as large as any.
             largest = torch.maximum(there.abs(), here.abs())
-            jumps = (there - here).abs() > _JUMP * largest
+            jumps = (there - here).abs() > _JUMP * self.step * largest
             found.masked_fill_(here.any() & (largest <= self._noise.to(largest)) & jumps, 0.0)
         return found
 

@@ -25,8 +25,7 @@ def _relu(node: Any) -> torch.Tensor:
 def _leaky(name: str) -> Callable[[Any], torch.Tensor]:
     def slope(node: Any) -> torch.Tensor:
         x = saved_by(node, name)
-        slopes: torch.Tensor = torch.where(x > 0, 1.0, saved_by(node, "negative_slope"))
-        return slopes.to(x.dtype)
+        return torch.full_like(x, saved_by(node, "negative_slope")).masked_fill_(x > 0, 1.0)
 
     return slope
 
@@ -84,7 +83,7 @@ def _filled(node: Any) -> Shares:
 
 
 class _Product(Shared):
-    """A product with a mask is a comparison made by hand; any other is smooth."""
+    """A product with a mask is a comparison made by hand; any other is taken for smooth."""
 
     _OTHER = Piece("MulBackward0")
 

@@ -219,7 +219,7 @@ class Reduction(Kind):
     def found(self, node: Any) -> tuple[Shares, tuple[float, ...]] | None:
         x, result = saved_by(node, "self"), saved_by(node, "result")
         dims, kept = saved_by(node, "dim") or (), saved_by(node, "keepdim", False)
-        dims = sorted((d if d < 2**63 else d - 2**64) % x.dim() for d in dims) or list(range(x.dim()))
+        dims = sorted((d if d < 2**63 else d - 2**64) % max(x.dim(), 1) for d in dims) or list(range(x.dim()))
         shape = result.shape if kept else [1 if d in dims else n for d, n in enumerate(x.shape)]
         slope = self._slope(node, x, result.view(shape), dims)
         return ((), ()) if slope is None else ((slope,), tuple(shape))

@@ -23,7 +23,7 @@ Erfinv EuclideanDist Exp Exp2 Expand Expm1 FftC2C FftC2R FftR2C Fill FlashAttent
 Gelu Glu GroupedMm HuberLoss Hypot I0 Igamma Igammac Im2Col Imag Kron Lerp Lgamma LiftFresh LinalgCholeskyEx
 LinalgCross LinalgDet LinalgEig LinalgEigh LinalgInvEx LinalgLstsq LinalgLu LinalgLuFactorEx LinalgLuSolve
 LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet LinalgSolveEx LinalgSolveTriangular LinalgSvd Linear Log Log10 Log1P
-Log2 LogSigmoid LogSoftmax Logaddexp Logaddexp2 Logcumsumexp Logit Logsumexp LuUnpack MaskedSoftmax Matmul Mean
+Log2 LogSigmoid LogSoftmax Logaddexp Logaddexp2 Logcumsumexp Logsumexp LuUnpack MaskedSoftmax Matmul Mean
 MiopenBatchNorm MiopenConvolution Mish MkldnnConvolution MkldnnLinear MkldnnRnnLayer Mm MpsConvolution MseLoss Mul Mv
 Mvlgamma Nansum NarrowCopy NativeBatchNorm NativeDropout NativeGroupNorm NativeLayerNorm Neg NegView NllLoss NllLoss2D
 Normal PackPaddedSequence Permute PixelShuffle PixelUnshuffle Polar Polygamma Pow Prod Rad2Deg Real Reciprocal
@@ -41,7 +41,7 @@ Xlogy Zero
 """
 _SMOOTH = frozenset(_NAMES.split())
 # Whole names: of no function, of one that hands gradients on as they are.
-_LINKS = {"AccumulateGrad", "CopySlices", "CopyBackwards", "BackwardHookFunctionBackward", "_DDPSinkBackward"}
+_LINKS = {"AccumulateGrad", "CopyBackwards", "BackwardHookFunctionBackward", "_DDPSinkBackward"}
 _ROUNDED_DIVISIONS = {"DivBackward2", "DivBackward3"}
 # Kinds that are smooth with some settings: the name of the setting, and those.
 _SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -81,7 +81,7 @@ def is_smooth(name: str) -> bool:
 
 @cache
 def _kind(name: str) -> str:
-    found = re.fullmatch(r"(\w+?)Backward\d*", name)
+    found = re.fullmatch(r"(\w+?)Backward\d+", name)
     return "" if found is None or name in _ROUNDED_DIVISIONS else found[1]
 
 

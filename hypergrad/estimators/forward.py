@@ -139,7 +139,8 @@ class _ForwardTracker(Tracker):
     @property
     def needs_pattern(self) -> bool:
         curvature = self._estimator.curvature
-        return self._will_ask and curvature is not None and curvature.uses_pattern
+        # With tensors in the loss its gradient is taken anew.
+        return self._will_ask and curvature is not None and curvature.uses_pattern and not self._tensors
 
     @property
     def _will_ask(self) -> bool:

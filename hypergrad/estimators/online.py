@@ -240,10 +240,6 @@ class _WithTensors(Tracker):
     def needs_loss(self) -> bool:
         return True
 
-    @property
-    def needs_pattern(self) -> bool:
-        return self._tensors.needs_pattern
-
     def before_step(self, loss: Evaluation | None = None) -> None:
         self._own.before_step(loss)
         self._tensors.before_step(loss)

@@ -113,7 +113,8 @@ class UnrolledTracker(Tracker):
 
     @property
     def needs_pattern(self) -> bool:
-        return self.needs_loss and self._estimator.curvature.uses_pattern
+        # With tensors in the loss its gradient is taken anew.
+        return self.needs_loss and self._estimator.curvature.uses_pattern and not self._tensors
 
     @property
     def losses(self) -> list[Evaluation | None]:

@@ -205,7 +205,7 @@ def _bundles(elements: Mapping[torch.Tensor, _Elements]) -> Iterator[list[torch.
         if p.numel() > _SMALL:
             yield [p]
             continue
-        absent = [key for key, part in (*at.state.items(), *at.along.items()) if part is None]
+        absent = [part is None for part in (*at.state.values(), *at.along.values())]
         kind = (p.dtype, p.device, at.step, len(at.along), *absent)
         bundles.setdefault(kind, []).append(p)
         sizes[kind] = sizes.get(kind, 0) + p.numel()

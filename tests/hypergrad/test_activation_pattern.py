@@ -190,6 +190,10 @@ class _Doubled(torch.autograd.Function):
         return 2 * grad
 
 
+class Linear(_Doubled):
+    """Has the name of one of torch's own, but for a digit."""
+
+
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return F.relu(x.flatten(0, -2) @ torch.ones(8, 1, dtype=x.dtype)).to(x.dtype)
@@ -206,6 +210,8 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
         lambda x: x.frac(),
         lambda x: torch.div(x, 0.3, rounding_mode="floor") + x,
         lambda x: F.hardshrink(x),
+        lambda x: F.relu_((2 * x).view(2, 2, 8)),
+        lambda x: Linear.apply(x),
         lambda x: torch.linalg.vector_norm(x, 3.0),
         lambda x: torch.autograd.grad(F.relu(x).square().sum(), x, create_graph=True)[0],
     ],
@@ -273,6 +279,38 @@ def test_what_is_infinite_beyond_a_kink_stays_there(infinite: Callable[[torch.Te
     assert pattern.hold(again)
     found, expected = torch.autograd.grad(again, x)[0], torch.autograd.grad(infinite(x).sum(), x)[0]
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_number_is_looked_at_as_a_vector_is() -> None:
+    x = torch.tensor(2.0, requires_grad=True)
+    for reduced in (torch.amax(x, dim=0), torch.linalg.vector_norm(x, dim=0), x.max()):
+        assert ActivationPattern(reduced).rounding == 0.0
+
+
+def test_a_minimum_has_its_curvature() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 8, dtype=torch.float64), torch.randint(0, 2, (200,)).double()
+    w, c = torch.zeros(8, dtype=torch.float64, requires_grad=True), torch.ones((), dtype=torch.float64)
+    c.requires_grad_()
+
+    def loss() -> torch.Tensor:
+        return c * F.binary_cross_entropy_with_logits(x @ w, y) + 0.01 * w.square().sum()
+
+    newton = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-13, tolerance_change=1e-16)
+
+    def closure() -> torch.Tensor:
+        newton.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    newton.step(closure)
+    v = [torch.ones(8, dtype=torch.float64), None]
+    with Exact().at_minimum(loss, [w, c], [None, None]) as product:
+        expected = product(v)[0]
+    with FiniteDifference().at_minimum(loss, [w, c], [None, None]) as product:
+        found = product(v)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_gradients_keep_their_dtype() -> None:
@@ -347,6 +385,7 @@ def test_a_difference_is_right_in_networks_with_kinks(
 def test_a_gradient_of_zero_may_change() -> None:
     # The last layer begins at zero: so do the gradients of the first, and not their derivatives.
     model, losses = _network("perceptron", torch.float64)
+    model[1] = nn.LeakyReLU(0.1)  # whose slope is a number that float32 does not have
     nn.init.zeros_(model[-1].weight)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     expected, found = (
