@@ -68,11 +68,7 @@ class ActivationPattern:
         if any(is_packed(node) for node, _ in pairs):
             return False
         with torch.no_grad():
-            fits = [KINDS[piece.kind].fits(node, piece) for node, piece in pairs]
-            if any(fit is False for fit in fits):
-                return False
-            on_device = [fit for fit in fits if isinstance(fit, torch.Tensor)]
-            if on_device and not bool(torch.stack(on_device).all()):
+            if not all(KINDS[piece.kind].fits(node, piece) for node, piece in pairs):
                 return False
             for node, piece in pairs:
                 hook = KINDS[piece.kind].hook(node, piece)

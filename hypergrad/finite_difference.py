@@ -27,14 +27,14 @@ class FiniteDifference(Curvature):
     Works wherever a gradient does: fused attention, recurrent kernels, compiled modules, mixed precision. A direction
     in both parameters and hyperparameters costs two, and one more is spent where g(x) is not known.
 
-    An approximation: good to three or four digits. Both gradients are taken on the same pieces of the network (see
-    `ActivationPattern`): else units that switch within a step, as those of a ReLU do, would add noise, which rules that
-    divide by the root of a second moment (Adam) multiply for units that are rarely active. Where the pieces cannot be
-    seen that is what happens, and over some ten steps it can drown the hypergradient: in compiled modules, under
-    activation checkpoints, in operations that are not known to be smooth. It also does where a product has a factor of
-    several numbers that comparisons have made, `x * torch.where(x > 0, 1.0, 0.1)`, which looks like any constant (one
-    of 0 and 1 does not). Compare with `Exact()` there, or use `check`.
-    A value that jumps, as where routing chooses other experts, has no derivative that a difference could find.
+    An approximation: a product is good to three or four digits in float32. Both gradients are taken on the same pieces
+    of the network (see `ActivationPattern`): else units that switch within a step, as those of a ReLU do, would add
+    noise, which rules that divide by the root of a second moment (Adam) multiply for units that are rarely active.
+    Where the pieces cannot be seen that is what happens, and over some ten steps it can drown the hypergradient: in
+    compiled modules, under activation checkpoints, in operations that are not known to be smooth. It also does where a
+    product has a factor of several numbers that comparisons have made, `x * torch.where(x > 0, 1.0, 0.1)`, which looks
+    like any constant (one of 0 and 1 does not). Compare with `Exact()` there, or use `check`. A value that jumps, as
+    where routing chooses other experts, has no derivative that a difference could find.
 
     Args:
         step: size of e v relative to 1 + |x|, in (0, 1). Default: the square root of the rounding error of the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Piece:
     kind: str
     held: Shares = ()
     numbers: tuple[float, ...] = ()
-    shape: tuple[int, ...] = field(default=())
+    shape: tuple[int, ...] = ()
 
 
 class Kind(ABC):
@@ -42,8 +42,8 @@ class Kind(ABC):
         found = self.found(node)
         return None if found is None else Piece(type(node).__name__, *found, shape=shape_of(node))
 
-    def fits(self, node: Any, piece: Piece) -> bool | torch.Tensor:
-        """Whether another node of the kind can be held on the piece; perhaps on the device."""
+    def fits(self, node: Any, piece: Piece) -> bool:
+        """Whether another node of the kind can be held on the piece."""
         return shape_of(node) == piece.shape
 
     @abstractmethod
@@ -245,14 +245,12 @@ class Same(Kind):
         found = saved_by(node, self._name)
         return tuple(t for t in (found if isinstance(found, (tuple, list)) else (found,)) if t is not None), ()
 
-    def fits(self, node: Any, piece: Piece) -> bool | torch.Tensor:
+    def fits(self, node: Any, piece: Piece) -> bool:
+        # Where it is the same tensor nothing has to wait for the device.
         again = self.found(node)[0]
-        if shape_of(node) != piece.shape or len(again) != len(piece.held):
-            return False
-        pairs = [(a, b) for a, b in zip(again, piece.held, strict=True) if a.data_ptr() != b.data_ptr()]
-        if any(a.shape != b.shape for a, b in pairs):
-            return False
-        return torch.stack([(a == b).all() for a, b in pairs]).all() if pairs else True
+        return super().fits(node, piece) and (
+            [t.data_ptr() for t in again] == [t.data_ptr() for t in piece.held] or _alike(again, piece.held)
+        )
 
     def hook(self, node: Any, piece: Piece) -> Hook | None:  # noqa: ARG002
         return None

@@ -151,6 +151,8 @@ def refuse_other_gradients(
     if size == 0.0 or not math.isfinite(size):
         return
     slopes = [_slope(loss, inputs, grads, times * length, mean) for times in (1.0, 1.7, 2.9, 5.0)]
+    if not any(slopes) and size * length < torch.finfo(value.dtype).eps:
+        return  # fitted so well that what is left is below the last digit of what the loss is computed from
     # What the loss does on a way so short that it should stay; by luck it does, and then its last digits count.
     rounding = abs(_slope(loss, inputs, [_noise(x) for x in inputs], 1e-4 * length, mean)) * 1e-4
     rounding += torch.finfo(value.dtype).eps * abs(_averaged(value.detach(), mean)) / length

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def raw_step(optimizer: torch.optim.Optimizer, *closure: Any) -> None:
@@ -25,11 +26,13 @@ def raw_step(optimizer: torch.optim.Optimizer, *closure: Any) -> None:
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The hooks that run before or after the optimizer's steps, by the `id` of their handles.
+    """The hooks that run before or after the optimizer's steps, global ones too, by the `id` of their handles.
 
-    Uses `Optimizer._optimizer_step_pre_hooks` and `_optimizer_step_post_hooks`: hooks can be registered, not asked for.
+    Uses `Optimizer._optimizer_step_pre_hooks`, `torch.optim.optimizer._global_optimizer_pre_hooks` and the same for
+    `post`: hooks can be registered, not asked for.
     """
-    return {*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks}
+    of_all = {*_global_optimizer_pre_hooks, *_global_optimizer_post_hooks}
+    return of_all | {*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks}
 
 
 def grad_mode_switch() -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from hypergrad import Estimator, Forward, Hold, Online, Race, Unrolled
+from hypergrad import ActivationPattern, Estimator, FiniteDifference, Forward, Hold, Online, Race, Unrolled
 from hypergrad.callbacks import HyperGradient
 from tests.callbacks.modules import Net, data, trainer
 
@@ -52,6 +52,23 @@ def test_skipped_steps_are_skipped_here_too(estimator: Estimator, options: dict[
     torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
     # As in a run whose scale is right from the start, on the batches that this one has stepped on.
     assert all(u.hypergradients["lr"] != 0.0 for u in callback.history)
+
+
+def test_the_pieces_of_a_step_are_found_again_beside_a_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pieces(Counts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+    found = list[bool]()
+    hold = ActivationPattern.hold
+    monkeypatch.setattr(ActivationPattern, "hold", lambda *args: found.append(hold(*args)) or found[-1])
+    callback = HyperGradient(
+        estimator=Forward(1.0, FiniteDifference()), controller=Hold(), val_dataloaders=data(seed=2)
+    )
+    _fit(callback, 2.0**10, Pieces)
+    assert len(found) >= 5
+    assert all(found)
 
 
 class Unhooked(Counts):

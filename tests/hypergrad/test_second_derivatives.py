@@ -270,6 +270,19 @@ def test_rounding_is_no_reason(kind: str) -> None:
         hypergradient(model, optimizer, [loss] * 2, loss, ["lr"], Forward())
 
 
+def test_a_batch_that_is_fitted_is_no_reason() -> None:
+    # Of a gradient of 8e-10 a cross entropy in float32 shows nothing: it is exactly 0, and stays so.
+    model = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[10.5], [-10.5]]))
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss = lambda m: cross_entropy(m(torch.ones(4, 1)), torch.zeros(4, dtype=torch.long))
+    value = loss(model)
+    value.backward()
+    assert value.item() == 0.0 < model.weight.grad.norm().item()
+    hypergradient(model, adam, [loss] * 3, loss, ["lr"], Forward())
+
+
 def test_what_was_moved_is_put_back_and_draws_no_random_number() -> None:
     model, loss = _model(), _loss(RightLoss)
     before = [p.detach().clone() for p in model.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hypergrad.torch_internals import (
     dtype_of,
@@ -27,6 +28,9 @@ def test_step_is_hooked_and_raw_step_goes_around_the_hooks() -> None:
     handles = [optimizer.register_step_pre_hook(lambda *_: None), optimizer.register_step_post_hook(lambda *_: None)]
     assert {handle.id for handle in handles} < step_hooks(optimizer)
     assert len(step_hooks(optimizer)) == 4
+    everywhere = register_optimizer_step_post_hook(lambda *_: None)
+    assert step_hooks(optimizer) - {everywhere.id} < step_hooks(optimizer)
+    everywhere.remove()
     raw_step(optimizer)
     assert calls == []
     torch.testing.assert_close(p.detach(), torch.full((2,), 0.9))

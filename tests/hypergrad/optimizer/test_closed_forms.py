@@ -78,6 +78,39 @@ def test_equal_to_the_general_derivative(
     assert general["calls"] == 0
 
 
+@pytest.mark.parametrize("kind", [O.SGD, O.Adam])
+def test_small_tensors_together_are_as_each_alone(
+    kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch, double: None
+) -> None:
+    # Some have state, some tangents of it (where state was reset, too), some one of their own.
+    params = [torch.randn(3), torch.randn(2, 2), torch.randn(()), torch.randn(4), torch.randn(1)]
+    optimizer = kind([{"params": params}], lr=0.1, **({"momentum": 0.9} if kind is O.SGD else {"eps": 1e-3}))
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    entries = ["momentum_buffer"] if kind is O.SGD else ["exp_avg", "exp_avg_sq"]
+    for p in params[2:4]:
+        for key in entries:
+            del optimizer.state[p][key]
+    of_params = {p: torch.randn(p.shape) for p in params[:4]}
+    of_state = {p: {key: torch.randn(p.shape) for key in entries} for p in (params[0], params[3])}
+    grads = {p: torch.randn(p.shape) for p in params[1:]}
+
+    def found() -> StateVector:
+        state = {p: {key: t.clone() for key, t in entry.items()} for p, entry in of_state.items()}
+        own = {p: t.clone() for p, t in of_params.items()}
+        return carried(optimizer, Direction({(0, OptimizerHyperparameter("lr")): 1.0}, own, grads, state))
+
+    together = found()
+    monkeypatch.setattr(closed_forms, "_SMALL", -1)
+    alone = found()
+    for p in params:
+        torch.testing.assert_close(together.params[p], alone.params[p], rtol=1e-12, atol=0)
+        assert together.state[p].keys() == alone.state[p].keys()
+        for key, value in alone.state[p].items():
+            torch.testing.assert_close(together.state[p][key], value, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
